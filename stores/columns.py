@@ -1,0 +1,263 @@
+"""Columns as users see them: one value per row of a table, whichever parts hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from . import dtypes
+from .dtypes import TEXT, Array
+from .errors import MissingExampleError, SchemaError, UnknownColumnError
+from .index import Index, Places
+from .part_reader import PartReader
+from .schema import ColumnSchema, Json
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+
+class Column:
+    """Values on the rows of a table. `column[i]` is example i: [T_i, *feature], or one row in the example table."""
+
+    def __init__(self, name: str, parts: list[PartReader], index: Index) -> None:
+        self.name = name
+        self._parts = parts
+        self._index = index
+        self._holders = [part for part in parts if name in part.state.columns]
+        self._schema = _agreed([part.state.columns[name] for part in self._holders])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What values are returned as: bfloat16 as ml_dtypes.bfloat16, text as object."""
+        return np.dtype(object) if self._schema.dtype == TEXT else dtypes.logical(self._schema.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, *feature)."""
+        return (len(self), *self._schema.shape)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of `rows()`."""
+        return ("example" if self._schema.table == "example" else "token", *self._schema.axes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values, as stored."""
+        roles = [array for part in self._holders for array in part.state.columns[self.name].arrays.values()]
+        sizes = {role.path: int(np.prod(role.shape, dtype=np.int64)) * dtypes.stored(role.dtype).itemsize for role in roles}
+        return sum(part.state.arrays[role.path].rows * sizes[role.path] for part in self._holders for role in self._roles(part))
+
+    @property
+    def site(self) -> Json | None:
+        """The recorded site this column comes from, if it is one."""
+        return self._schema.site
+
+    @property
+    def attributes(self) -> Json:
+        """What the writer said of the column."""
+        return self._schema.attributes
+
+    @property
+    def present(self) -> Array:
+        """Per example of the run whether the column has a value; bool."""
+        return self._places.part >= 0
+
+    @property
+    def paths(self) -> list[str]:
+        """The Zarr arrays of the values (of the UTF-8 bytes, for text), one per part, relative to the run's root."""
+        return self.role_paths["utf8" if self._schema.dtype == TEXT else "values"]
+
+    @property
+    def role_paths(self) -> dict[str, list[str]]:
+        """The Zarr arrays of every role."""
+        found: dict[str, list[str]] = {}
+        for part in self._holders:
+            for role in self._roles(part):
+                found.setdefault(role.name, []).append(f"parts/{part.state.name}/{role.path}")
+        return found
+
+    def __len__(self) -> int:
+        return int(self._places.length[self.present].sum())
+
+    @overload
+    def __getitem__(self, example: int) -> Any: ...
+    @overload
+    def __getitem__(self, example: slice) -> list[Any]: ...
+    def __getitem__(self, example: int | slice) -> Any:
+        if isinstance(example, slice):
+            return [self[number] for number in range(*example.indices(len(self._places.part)))]
+        number = self._number(example)
+        part, start, length = (int(values[number]) for values in (self._places.part, self._places.start, self._places.length))
+        if part < 0:
+            raise MissingExampleError(f"column {self.name!r} has no value for example {self._index.keys[0][number]!r}")
+        rows = self._slice(part, start, start + length)
+        return rows[0] if self._schema.table == "example" else rows
+
+    def rows(self, selection: Any = slice(None)) -> Array:
+        """Rows by number, over all examples in order: an integer array, a boolean mask or a slice; [n, *feature]."""
+        if isinstance(selection, slice):
+            start, stop, step = selection.indices(len(self))
+            if step == 1:
+                return self._contiguous(start, max(stop, start))
+            selection = np.arange(start, stop, step)
+        chosen = np.asarray(selection)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64, copy=False)
+        return self._gather(_in_range(chosen, len(self)))
+
+    def blocks(self, rows: int = 65536) -> Iterator[Array]:
+        """All rows in order, at most `rows` at a time; no copy where a block lies within one chunk."""
+        for start in range(0, len(self), rows):
+            yield self._contiguous(start, min(start + rows, len(self)))
+
+    def to_torch(self) -> torch.Tensor:
+        """All rows as one tensor in memory; bfloat16 as torch.bfloat16."""
+        if self._schema.dtype == TEXT:
+            raise SchemaError(f"column {self.name!r} is text, which torch has no dtype for")
+        return dtypes.to_torch(self.rows(), self._schema.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        rows = self.rows()
+        return rows if dtype is None else rows.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"<Column {self.name} {self._schema.dtype} {self.shape}>"
+
+    def _roles(self, part: PartReader) -> list[Any]:
+        return list(part.state.columns[self.name].arrays.values())
+
+    @cached_property
+    def _places(self) -> Places:
+        return self._index.places(self.name)
+
+    @cached_property
+    def _segments(self) -> tuple[Array, Array, Array]:
+        """Runs of rows that lie together: (first row of the column, part, first row in the part), sorted."""
+        chosen = self.present & (self._places.length > 0)
+        part, start, length = self._places.part[chosen], self._places.start[chosen], self._places.length[chosen]
+        first = np.cumsum(length) - length
+        breaks = np.ones(len(part), bool)
+        breaks[1:] = (part[1:] != part[:-1]) | (start[1:] != start[:-1] + length[:-1])
+        return first[breaks], part[breaks], start[breaks]
+
+    def _contiguous(self, start: int, stop: int) -> Array:
+        pieces = [self._slice(part, a, b) for part, a, b in self._spans(start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty((0, *self._schema.shape), self.dtype)
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        first, part, begin = self._segments
+        for at in range(int(np.searchsorted(first, start, "right")) - 1, len(first)) if stop > start else ():
+            end = int(first[at + 1]) if at + 1 < len(first) else len(self)
+            if int(first[at]) >= stop:
+                return
+            a, b = max(start, int(first[at])), min(stop, end)
+            offset = int(begin[at]) - int(first[at])
+            yield int(part[at]), a + offset, b + offset
+
+    def _gather(self, rows: Array) -> Array:
+        first, part, begin = self._segments
+        if not len(rows):
+            return np.empty((0, *self._schema.shape), self.dtype)
+        at = np.searchsorted(first, rows, "right") - 1 if len(first) > 1 else np.zeros(len(rows), np.int64)
+        within = rows - first[at] + begin[at]
+        owners = np.unique(part[at])
+        if len(owners) == 1:
+            return self._of(int(owners[0])).gather(self._column_of(int(owners[0])), within)
+        out = np.empty((len(rows), *self._schema.shape), self.dtype)
+        for owner in map(int, owners):
+            here = np.flatnonzero(part[at] == owner)
+            out[here] = self._of(owner).gather(self._column_of(owner), within[here])
+        return out
+
+    def _slice(self, part: int, start: int, stop: int) -> Array:
+        return self._of(part).slice(self._column_of(part), start, stop)
+
+    def _of(self, part: int) -> PartReader:
+        return self._parts[part]
+
+    def _column_of(self, part: int) -> ColumnSchema:
+        return self._parts[part].state.columns[self.name]
+
+    def _number(self, example: int) -> int:
+        count = len(self._places.part)
+        if not -count <= example < count:
+            raise IndexError(f"example {example} of a run that has {count}")
+        return example % count
+
+
+class Table(Mapping[str, Column]):
+    """A row space and its columns, by short name."""
+
+    def __init__(self, name: str, columns: dict[str, Column], index: Index) -> None:
+        self.name = name
+        self._columns = columns
+        self._index = index
+
+    @property
+    def rows(self) -> int:
+        """Rows of all examples."""
+        return len(self._index) if self.name == "example" else int(np.maximum(self.lengths, 0).sum())
+
+    @property
+    def lengths(self) -> Array:
+        """Rows of each example of the run, -1 for one that has none recorded; int64."""
+        return np.ones(len(self._index), np.int64) if self.name == "example" else self._index.lengths(self.name)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The columns of one value per row, on all rows of the table; `example` numbers the example a row belongs to."""
+        import pandas as pd
+
+        small = {name: column for name, column in self._columns.items() if not column.shape[1:] and _shown(name)}
+        frame = pd.DataFrame({name: _filled(column, self) for name, column in small.items()})
+        if self.name != "example":
+            frame.insert(0, "example", np.repeat(np.arange(len(self._index)), np.maximum(self.lengths, 0)))
+        return frame
+
+    def __getitem__(self, name: str) -> Column:
+        if name not in self._columns:
+            raise UnknownColumnError(f"table {self.name!r} has no column {name!r}; it has {', '.join(sorted(self._columns))}")
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __repr__(self) -> str:
+        return f"<Table {self.name}: {self.rows} rows, {len(self._columns)} columns>"
+
+
+def _shown(name: str) -> bool:
+    return not name.startswith(("start.", "length."))
+
+
+def _filled(column: Column, table: Table) -> Any:
+    """The column on every row of its table; None where an example has no value."""
+    if column.present.all():
+        return column.rows()
+    values = np.full(table.rows, None, object)
+    values[np.repeat(column.present, np.maximum(table.lengths, 0))] = column.rows()
+    return values
+
+
+def _agreed(schemas: list[ColumnSchema]) -> ColumnSchema:
+    first = schemas[0]
+    for other in schemas[1:]:
+        if (other.dtype, other.shape) != (first.dtype, first.shape):
+            raise SchemaError(
+                f"column {first.name!r} is {first.dtype} {first.shape} in one part and {other.dtype} {other.shape} in another"
+            )
+    return first
+
+
+def _in_range(rows: Array, count: int) -> Array:
+    if len(rows) and not (rows.min() >= -count and rows.max() < count):
+        raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a column that has {count}")
+    return np.where(rows < 0, rows + count, rows) if len(rows) and rows.min() < 0 else rows

@@ -1,0 +1,63 @@
+"""Errors of stores.
+
+StoreError
+├── RunExistsError (FileExistsError)      a run is already there
+├── NotARunError (FileNotFoundError)      the path holds no run
+├── FormatVersionError (ValueError)       written by a newer version
+├── DamagedError (OSError)                bytes on disk are not the bytes that were committed
+├── LostPartError (RuntimeError)          this writer's part was closed by somebody else
+├── BrokenWriterError (RuntimeError)      an earlier failure left this writer unusable
+├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
+├── SchemaError (ValueError)              what was given does not fit the run
+│   └── KeyRepeatedError                  the same example twice
+├── UnknownColumnError (LookupError)      no such column, table or site
+└── MissingExampleError (LookupError)     the column has no value for that example
+"""
+
+
+class StoreError(Exception):
+    """Anything a run or its writer refuses or finds wrong."""
+
+
+class RunExistsError(StoreError, FileExistsError):
+    """A run is already there and the mode does not allow to touch it."""
+
+
+class NotARunError(StoreError, FileNotFoundError):
+    """The path holds no run."""
+
+
+class FormatVersionError(StoreError, ValueError):
+    """The run uses a format, or a feature, that this version does not know."""
+
+
+class DamagedError(StoreError, OSError):
+    """Bytes on disk are not the bytes that were committed."""
+
+
+class LostPartError(StoreError, RuntimeError):
+    """Somebody else continued or sealed the part of this writer."""
+
+
+class BrokenWriterError(StoreError, RuntimeError):
+    """An earlier failure left this writer unusable; what was committed before it stands."""
+
+
+class BudgetError(StoreError, MemoryError):
+    """The memory budget cannot hold one chunk per column."""
+
+
+class SchemaError(StoreError, ValueError):
+    """What was given does not fit the run."""
+
+
+class KeyRepeatedError(SchemaError):
+    """The same example twice."""
+
+
+class UnknownColumnError(StoreError, LookupError):
+    """No column, table or site of that name."""
+
+
+class MissingExampleError(StoreError, LookupError):
+    """The column has no value for that example."""

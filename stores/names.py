@@ -1,0 +1,58 @@
+"""Names on disk.
+
+Lower-case letters, digits and `_ . -` are kept and every other byte of the UTF-8 name becomes `~xx`, so that names survive every
+file system and object store and can be turned back. Names that would collide with Zarr's or an operating system's own are escaped
+in their first byte; names over 200 bytes are cut and end in a hash. The true name is in the schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from .errors import SchemaError
+
+LIMIT = 200
+_KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_.-")
+_ESCAPED = re.compile(rb"~([0-9a-f]{2})")
+_RESERVED = re.compile(r"(zarr\.json|c|c[./].*|\..*|__.*|(con|prn|aux|nul|com\d|lpt\d)(\..*)?)")
+_TABLE = re.compile(r"example|step|(token|pair)(\..+)?")
+
+
+def to_disk(name: str) -> str:
+    """The file name of a table or column."""
+    escaped = "".join(chr(byte) if byte in _KEPT else f"~{byte:02x}" for byte in name.encode())
+    if _RESERVED.fullmatch(escaped):
+        escaped = f"~{ord(escaped[0]):02x}{escaped[1:]}"
+    if escaped.endswith("."):  # some file systems drop a trailing dot
+        escaped = f"{escaped[:-1]}~2e"
+    return escaped if len(escaped) <= LIMIT else _cut(escaped, name)
+
+
+def from_disk(file_name: str) -> str:
+    """The true name of a file name that was not cut; ValueError for a cut one."""
+    if "~~" in file_name:
+        raise ValueError(f"{file_name!r} was cut; its true name is in the schema")
+    return _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), file_name.encode()).decode()
+
+
+def split(name: str) -> tuple[str, str]:
+    """`token/layers.3:out` as (table, column); SchemaError for anything else."""
+    table, slash, column = name.partition("/")
+    if not slash or not column or not _TABLE.fullmatch(table):
+        raise SchemaError(
+            f"column {name!r} names no table; write 'example/<name>', 'token/<name>', 'token.<stream>/<name>', "
+            "'pair/<name>' or 'step/<name>'"
+        )
+    return table, column
+
+
+def is_ragged(table: str) -> bool:
+    """Whether an example owns any number of rows of this table."""
+    return table.startswith(("token", "pair"))
+
+
+def _cut(escaped: str, name: str) -> str:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+    head = escaped[: LIMIT - len(digest) - 2]
+    return f"{re.sub('~[0-9a-f]?$', '', head)}~~{digest}"

@@ -1,0 +1,204 @@
+"""A part being written: claimed, filled, committed.
+
+Order within a commit: shards, then the shapes of all columns, then `start.*` and `length.*`, then `example/id`, then the record.
+A plain Zarr reader that goes by `example/id` therefore finds every example it lists complete; our readers go by the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import commits, dtypes, layout, names, zarr_documents
+from .buffers import RowBuffer
+from .commits import Record, ShardRecord
+from .dtypes import Array
+from .errors import LostPartError, SchemaError
+from .places import Place
+from .ragged import Cells, text_bytes
+from .schema import ColumnSchema, Json, PartDocument, column_schema
+from .shards import encode
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a writer may say of a column beyond its values."""
+
+    axes: tuple[str, ...] | None = None
+    site: Json | None = None
+    attributes: Json = field(default_factory=dict)
+
+
+def claim(place: Place, document: PartDocument) -> str:
+    """Take the next free part number; several writers may try at once and each gets its own."""
+    number = len(place.names("parts"))
+    while True:
+        name = f"p{number:06d}"
+        try:
+            place.create(f"parts/{name}/zarr.json", [zarr_documents.group(document.to_attributes())])
+        except FileExistsError:
+            number += 1
+        else:
+            return name
+
+
+class PartWriter:
+    """One part, from its first rows to its closing record."""
+
+    def __init__(self, place: Place, document: PartDocument, budget: int) -> None:
+        self._place = place
+        self._document = document
+        self._budget = budget
+        self._schemas: dict[str, ColumnSchema] = {}
+        self._buffers: dict[str, RowBuffer] = {}
+        self._templates: dict[str, Json] = {}
+        self._touched: dict[str, dict[int, ShardRecord]] = {}
+        self._committed: dict[str, int] = {}
+        self._number = 0
+        self._previous = ""
+        self.rows: dict[str, int] = {}
+        self.written = 0
+        self.name = ""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in buffers: what the next commit has to write as tails."""
+        return sum(buffer.held_bytes for buffer in self._buffers.values())
+
+    def append(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
+        """Add one row group: cells of every column of the part, already consistent with one another."""
+        if not self._schemas:
+            self._define(given, descriptions)
+        self._check(given)
+        for name, column in given.items():
+            self._take(self._schemas[name], column)
+        for table in {schema.table for schema in self._schemas.values()}:
+            self.rows[table] += next(given[name].rows for name, schema in self._schemas.items() if schema.table == table)
+
+    def commit(self, kind: str = "commit", aligned: Sequence[tuple[str, int, int]] = (), nonfinite: Mapping[str, int] = {}) -> None:
+        """Make everything appended so far visible."""
+        self._write_tails()
+        self._place.settle()
+        for wave in range(3):
+            self._write_shapes(wave)
+            self._place.settle()
+        self._write_record(kind, tuple(aligned), nonfinite)
+        self._place.settle()
+
+    def _define(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
+        shard_bytes = layout.shard_bytes_for(self._budget, len(given))
+        schemas = {name: _schema(name, column, descriptions.get(name, Description()), shard_bytes) for name, column in given.items()}
+        roles = [role for schema in schemas.values() for role in schema.arrays.values()]
+        layout.check_budget(self._budget, [(role.grid, dtypes.stored(role.dtype).itemsize) for role in roles])
+        self.name = claim(self._place, self._document)
+        self._schemas, self._buffers = schemas, {role.path: RowBuffer(role) for role in roles}
+        self.rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
+        self._write_groups()
+
+    def _write_groups(self) -> None:
+        folders = {names.to_disk(table) for table in self.rows}
+        folders |= {role.path.rpartition("/")[0] for schema in self._schemas.values() for role in schema.arrays.values()}
+        for folder in sorted(folders):
+            self._place.replace(f"parts/{self.name}/{folder}/zarr.json", [zarr_documents.group()])
+        for schema in self._schemas.values():
+            for role in schema.arrays.values():
+                self._templates[role.path] = zarr_documents.array(schema, role)
+
+    def _check(self, given: Mapping[str, Cells]) -> None:
+        if given.keys() != self._schemas.keys():
+            missing, new = sorted(self._schemas.keys() - given.keys()), sorted(given.keys() - self._schemas.keys())
+            raise SchemaError(f"every append needs the same columns as the first; missing: {missing}, new: {new}")
+        for name, column in given.items():
+            schema = self._schemas[name]
+            if column.rows and (column.dtype, column.shape) != (schema.dtype, schema.shape):
+                raise SchemaError(
+                    f"column {name!r} holds {schema.dtype} rows of shape {schema.shape}, but got {column.dtype} rows of shape "
+                    f"{column.shape}"
+                )
+
+    def _take(self, schema: ColumnSchema, column: Cells) -> None:
+        for block in column.blocks:
+            if schema.dtype != dtypes.TEXT:
+                self._push(schema.arrays["values"].path, block)
+                continue
+            utf8, end = schema.arrays["utf8"].path, schema.arrays["end"].path
+            text, ends = text_bytes(block, self._buffers[utf8].rows)
+            self._push(utf8, text)
+            self._push(end, ends)
+
+    def _push(self, path: str, block: Array) -> None:
+        for number, rows in self._buffers[path].take(block):
+            self._write_shard(path, number, rows)
+
+    def _write_shard(self, path: str, number: int, rows: Array) -> None:
+        buffer = self._buffers[path]
+        encoded = encode(rows, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
+        self._place.replace(shard_path(self.name, path, number, rows.ndim), encoded.buffers)
+        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs)
+        self.written += buffer.geometry.file_bytes(len(rows))
+
+    def _write_tails(self) -> None:
+        for path, buffer in self._buffers.items():
+            if buffer.held and buffer.rows != self._committed.get(path, 0):
+                self._write_shard(path, buffer.shard, buffer.tail())
+
+    def _write_shapes(self, wave: int) -> None:
+        for schema in self._schemas.values():
+            for role in schema.arrays.values():
+                if _wave(schema, role.name) == wave:
+                    document = zarr_documents.with_rows(self._templates[role.path], self._buffers[role.path].rows)
+                    self._place.replace(f"parts/{self.name}/{role.path}/zarr.json", [document])
+
+    def _write_record(self, kind: str, aligned: tuple[tuple[str, int, int], ...], nonfinite: Mapping[str, int]) -> None:
+        rows = {path: buffer.rows for path, buffer in self._buffers.items()}
+        changed = {path: count for path, count in rows.items() if count != self._committed.get(path, -1)}
+        record = Record(
+            run=self._document.run,
+            part=self.name,
+            number=self._number + 1,
+            previous=self._previous,
+            kind=kind,
+            rows=self.rows,
+            columns={} if self._number else self._schemas,
+            array_rows=changed,
+            shards=self._touched,
+            aligned=aligned,
+            nonfinite=nonfinite,
+            written=self.written,
+        ).encode()
+        try:
+            self._place.create(commits.path_of(self.name, self._number + 1), [record])
+        except FileExistsError:
+            raise LostPartError(f"part {self.name} was continued or sealed by somebody else; nothing of theirs was changed") from None
+        self._number, self._previous = self._number + 1, commits.digest(record)
+        self._committed, self._touched = rows, {}
+
+
+def _schema(name: str, column: Cells, said: Description, shard_bytes: int) -> ColumnSchema:
+    return column_schema(
+        name, column.dtype, column.shape, shard_bytes=shard_bytes, axes=said.axes, site=said.site, attributes=said.attributes
+    )
+
+
+def shard_path(part: str, array: str, number: int, ndim: int) -> str:
+    """Where a shard lies: Zarr's default chunk key with dots."""
+    return f"parts/{part}/{array}/c.{number}{'.0' * (ndim - 1)}"
+
+
+def _wave(schema: ColumnSchema, role: str) -> int:
+    """Columns first, then the example table's own bookkeeping, then what lists the examples."""
+    if schema.name == "example/id":
+        return 1 if role == "utf8" else 2
+    return 1 if schema.name.startswith(("example/start.", "example/length.")) else 0
+
+
+def start_columns(lengths: Mapping[str, Array], rows: Mapping[str, int]) -> dict[str, Cells]:
+    """`start.<table>` and `length.<table>` of the examples of one append, given the rows the part already has."""
+    found = {}
+    for table, length in lengths.items():
+        start = rows.get(table, 0) + np.cumsum(length) - length
+        found[f"example/start.{table}"] = Cells("int64", (), [start], None)
+        found[f"example/length.{table}"] = Cells("int64", (), [length], None)
+    return found

@@ -1,0 +1,155 @@
+"""Patterns that select sites: of a live model's modules and of a recorded site table alike.
+
+    layers.*.mlp            module paths; `*` is one path segment (or part of one), `**` any number of segments
+    layers.3:in             a port; `out` is the default, `out[1]` and `out[last_hidden_state]` pick a leaf
+    layers.3#2              the second call of a module within one forward; without `#` every call
+    re:.*(mlp|attn)         a regular expression for the whole module path, or for `path:port`
+    resid_post[0:12:2]      an alias that every architecture shares, with a slice over layers; `encoder.resid_post` picks a stack
+    blocks.3.hook_resid_pre a TransformerLens name, the same site as `resid_pre[3]`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .errors import SchemaError
+
+ALIASES = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final_norm")
+
+_PORT = re.compile(r"(?P<base>in|out)(?P<leaf>(\[[^\[\]]+\])*)")
+_SITE = re.compile(r"(?P<path>[^:#]*)(#(?P<call>\d+))?(:(?P<port>.*))?")
+_ALIAS = re.compile(rf"((?P<stack>[\w.]+)\.)?(?P<alias>{'|'.join(ALIASES)})(\[(?P<layers>-?\d*(:-?\d*){{0,2}})\])?(:(?P<port>.*))?")
+_LENS = re.compile(r"blocks\.(?P<layer>\d+|\*)\.hook_(?P<name>\w+)")
+_LENS_NAMES = {"hook_embed": "embed", "ln_final.hook_normalized": "final_norm"}
+
+
+@dataclass(frozen=True)
+class SiteName:
+    """`<module path>[#call]:<port>`. `leaf` lists the keys that pick one tensor of a nested output."""
+
+    path: str
+    port: str = "out"
+    call: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.path}{f'#{self.call}' if self.call > 1 else ''}:{self.port}"
+
+    @property
+    def base(self) -> str:
+        """`in` or `out`."""
+        return _port(self.port)[0]
+
+    @property
+    def leaf(self) -> tuple[str, ...]:
+        """Keys of the leaf, outermost first; empty for the first floating tensor."""
+        return _port(self.port)[1]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """What a site is in every architecture: a stack (empty name if there is one), an alias, a layer of so many."""
+
+    stack: str
+    name: str
+    layer: int | None = None
+    depth: int = 0
+
+
+def parse_site(text: str) -> SiteName:
+    """A full site name without wildcards."""
+    found = _SITE.fullmatch(text)
+    if found is None:
+        raise SchemaError(f"{text!r} is not a site; write '<module path>' or '<module path>:<port>'")
+    port = found["port"] or "out"
+    _port(port)
+    return SiteName(found["path"], port, int(found["call"] or 1))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One pattern. `port` is what it asks for; None means `out`, or any port when recorded sites are selected."""
+
+    text: str
+
+    @cached_property
+    def port(self) -> str | None:
+        """The port asked for; SchemaError if there is no such port."""
+        if self.text.startswith("re:"):
+            return None
+        found = self._alias or _SITE.fullmatch(self.text)
+        port = found["port"] if found else None
+        if port is not None:
+            _port(port)
+        return port
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether the pattern names an alias."""
+        return self._alias is not None
+
+    def matches_alias(self, alias: Alias) -> bool:
+        """Whether the pattern selects sites of this alias."""
+        found = self._alias
+        if found is None or found["alias"] != alias.name or not _in_stack(found["stack"], alias.stack):
+            return False
+        return found["layers"] is None or (alias.layer is not None and alias.layer in _layers(found["layers"], alias.depth))
+
+    def matches_path(self, site: SiteName) -> bool:
+        """Whether the pattern selects this module path and call (and, for regular expressions, port)."""
+        if self.text.startswith("re:"):
+            expression = re.compile(self.text[3:])
+            return any(expression.fullmatch(text) for text in ((str(site),) if site.port != "out" else (str(site), site.path)))
+        found = _SITE.fullmatch(self.text)
+        if found is None or (found["call"] is not None and int(found["call"]) != site.call):
+            return False
+        return _glob(_segments(found["path"]), _segments(site.path))
+
+    @cached_property
+    def _alias(self) -> re.Match[str] | None:
+        return _ALIAS.fullmatch(_from_lens(self.text))
+
+
+def _port(port: str) -> tuple[str, tuple[str, ...]]:
+    found = _PORT.fullmatch(port)
+    if found is None:
+        raise SchemaError(f"there is no port {port!r}; ports are 'out', 'in' and a leaf of either, such as 'out[1]'")
+    return found["base"], tuple(re.findall(r"\[([^\[\]]+)\]", found["leaf"]))
+
+
+def _from_lens(text: str) -> str:
+    """A TransformerLens hook name as an alias; other text as it is."""
+    found = _LENS.fullmatch(text)
+    if found is None:
+        return _LENS_NAMES.get(text, text)
+    return found["name"] if found["layer"] == "*" else f"{found['name']}[{found['layer']}]"
+
+
+def _in_stack(asked: str | None, stack: str) -> bool:
+    return asked is None or stack == asked or stack.endswith(f".{asked}")
+
+
+def _layers(text: str, depth: int) -> Sequence[int]:
+    """The layers that an index or slice picks out of `depth`."""
+    bounds = [int(bound) if bound else None for bound in text.split(":")]
+    if len(bounds) == 1 and bounds[0] is not None:
+        return [bounds[0] % depth] if -depth <= bounds[0] < depth else []
+    return range(depth)[slice(*bounds)]
+
+
+def _segments(path: str) -> list[str]:
+    return path.split(".") if path else []
+
+
+def _glob(pattern: list[str], path: list[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_glob(pattern[1:], path[skipped:]) for skipped in range(len(path) + 1))
+    return bool(path) and _segment(pattern[0], path[0]) and _glob(pattern[1:], path[1:])
+
+
+def _segment(pattern: str, segment: str) -> bool:
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), segment) is not None

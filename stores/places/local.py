@@ -1,0 +1,122 @@
+"""A folder of the local file system.
+
+Objects are written under a temporary name, synced, and then renamed (replace) or hard-linked (create), so that a final name never
+holds part of an object. With `durability="rename"` nothing is synced: a killed process loses nothing, a power loss may.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from .contract import Buffers
+
+Durability = Literal["fsync", "rename"]
+PARTIAL = ".partial"
+_BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
+
+
+class LocalPlace:
+    """A run's folder."""
+
+    def __init__(self, root: Path, durability: Durability = "fsync") -> None:
+        if durability not in ("fsync", "rename"):
+            raise ValueError(f"durability is 'fsync' or 'rename', not {durability!r}")
+        self.root = root
+        self._sync = durability == "fsync"
+        self._unsettled: set[Path] = set()
+
+    def create(self, path: str, buffers: Buffers) -> None:
+        """Write a new object; FileExistsError if there is one already."""
+        final = self.root / path
+        with self._partial(final, buffers) as partial:
+            os.link(partial, final)
+            partial.unlink()
+
+    def replace(self, path: str, buffers: Buffers) -> None:
+        """Write an object in one atomic step."""
+        final = self.root / path
+        with self._partial(final, buffers) as partial:
+            partial.replace(final)
+
+    def settle(self) -> None:
+        """Sync the folders in which names have changed."""
+        for folder in sorted(self._unsettled):
+            _sync_folder(folder)
+        self._unsettled.clear()
+
+    def read(self, path: str) -> bytes:
+        """The whole object."""
+        return (self.root / path).read_bytes()
+
+    def size(self, path: str) -> int:
+        """Bytes of the object."""
+        return (self.root / path).stat().st_size
+
+    def view(self, path: str, *, stays: bool) -> Any:
+        """A memory map where the object stays as it is, else its bytes."""
+        if not stays:
+            return self.read(path)
+        with (self.root / path).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def names(self, path: str) -> list[str]:
+        """The names directly below a folder, sorted, without unfinished ones."""
+        folder = self.root / path
+        found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
+        return sorted(name for name in found if not name.endswith(PARTIAL))
+
+    @contextmanager
+    def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:
+        self._make_folder(final.parent)
+        partial = final.with_name(f".{final.name[:100]}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            _write(partial, buffers, sync=self._sync)
+            yield partial
+        except BaseException:
+            with suppress(FileNotFoundError):
+                partial.unlink()
+            raise
+        self._note(final.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            self._note(folder.parent)
+
+    def _note(self, folder: Path) -> None:
+        if self._sync:
+            self._unsettled.add(folder)
+
+
+def _write(path: Path, buffers: Buffers, *, sync: bool) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _write_all(handle, [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)])
+        if sync:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, views: list[memoryview]) -> None:
+    while views:
+        written = os.writev(handle, views[:_BUFFERS_PER_CALL])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,201 @@
+"""open_run and Run: a recorded run as a snapshot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from . import extension, names, runs, selection
+from .columns import Column, Table
+from .dtypes import Array
+from .errors import NotARunError, UnknownColumnError
+from .index import Index
+from .part_reader import PartReader
+from .part_state import PartState, read_parts
+from .patterns import Alias
+from .places import LocalPlace
+from .schema import Json
+from .shard_cache import ShardCache
+from .verify import Verification, verify_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def open_run(path: str | os.PathLike[str], *, verify: Literal["touch", "off"] = "touch") -> Run:
+    """Open a run for reading, as of its last commits; it may still be being written.
+
+    Args:
+        path: the run's folder.
+        verify: `touch` compares every chunk with its committed checksum when it is first read, `off` trusts the disk.
+
+    Raises:
+        NotARunError, FormatVersionError (a newer format), DamagedError (a commit record is damaged).
+    """
+    if verify not in ("touch", "off"):
+        raise ValueError(f"verify is 'touch' or 'off', not {verify!r}")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotARunError(f"{folder} is not a tensortape run: there is no such folder")
+    return Run(folder, verify=verify == "touch")
+
+
+class Run:
+    """A snapshot of a run: tables of columns, joined over its parts by key."""
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        self.path = path
+        self._verify = verify
+        self._place = LocalPlace(path)
+        self._document = runs.read_document(self._place, path)
+        self._load()
+
+    def _load(self) -> None:
+        cache = ShardCache(self._place, verify=self._verify)
+        self._parts = [PartReader(state, cache) for state in read_parts(self._place, self._document.uid)]
+        self._index = Index(self._parts)
+        self.__dict__.pop("tables", None)
+
+    @property
+    def uid(self) -> str:
+        """The run's identity."""
+        return self._document.uid
+
+    @property
+    def model(self) -> Json:
+        """What was recorded of the model."""
+        return self._document.model
+
+    @property
+    def provenance(self) -> Json:
+        """Versions and settings of the recording."""
+        return self._document.provenance
+
+    @property
+    def parts(self) -> list[PartState]:
+        """What each part has committed."""
+        return [part.state for part in self._parts]
+
+    @property
+    def ids(self) -> list[str] | list[int]:
+        """Ids of the examples, in order."""
+        found: list[str] | list[int] = self._index.keys[0].tolist()
+        return found
+
+    @property
+    def keys(self) -> list[tuple[str | int, str, int]]:
+        """(id, phase, step) of the examples, in order."""
+        return list(zip(*(column.tolist() for column in self._index.keys), strict=True))
+
+    def where(self, *, id: str | int | None = None, phase: str | None = None, step: int | None = None) -> Array:
+        """Numbers of the examples whose key agrees with everything given; int64."""
+        chosen = np.ones(len(self._index), bool)
+        for column, wanted in zip(self._index.keys, (id, phase, step), strict=True):
+            if wanted is not None:
+                chosen &= column == wanted
+        return np.flatnonzero(chosen)
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        """Tables by name."""
+        columns: dict[str, dict[str, Column]] = {}
+        for name in dict.fromkeys(name for part in self._parts for name in part.state.columns):
+            table, short = names.split(name)
+            columns.setdefault(table, {})[short] = Column(name, self._parts, self._index)
+        return {table: Table(table, found, self._index) for table, found in columns.items()}
+
+    @property
+    def sites(self) -> list[Column]:
+        """The columns of recorded sites, in the order they were recorded."""
+        return [column for table in self.tables.values() for column in table.values() if column.site is not None]
+
+    def __getitem__(self, name: str) -> Column:
+        """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one."""
+        table, _, short = name.partition("/")
+        if table in self.tables and short in self.tables[table]:
+            return self.tables[table][short]
+        exact = [column for column in self.sites if names.split(column.name)[1] == name]
+        found = exact or self.select(name)
+        if len(found) > 1:
+            raise UnknownColumnError(f"{name!r} fits {len(found)} columns ({', '.join(column.name for column in found)}); use select()")
+        return found[0]
+
+    def select(self, pattern: str | Sequence[str]) -> list[Column]:
+        """Columns of recorded sites that a pattern, or any of several, selects, in order; UnknownColumnError if none does."""
+        return selection.select(self.sites, [pattern] if isinstance(pattern, str) else list(pattern))
+
+    def aliases(self, column: Column) -> list[Alias]:
+        """What a recorded site is in every architecture (`resid_post` of layer 3 of 12, say)."""
+        return selection.aliases_of(column)
+
+    @property
+    def examples(self) -> pd.DataFrame:
+        """The example table's columns of one value each."""
+        return self._frame("example")
+
+    @property
+    def tokens(self) -> pd.DataFrame:
+        """The token table's columns of one value each."""
+        return self._frame("token")
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """The step table."""
+        return self._frame("step")
+
+    def add_column(self, name: str, values: Any, *, ids: Any = None) -> Column:
+        """Add a column beside the recorded ones, as an extension part; the run then shows it.
+
+        Args:
+            name: `<table>/<column>`, new to the run.
+            values: one entry per example in the run's order (or that of `ids`): an array of T_i rows for ragged tables, a value or
+                text for `example`; for ragged tables also one packed array [rows, *feature].
+            ids: the examples that get a value, if not all.
+        """
+        if name.partition("/")[2] in self.tables.get(name.partition("/")[0], {}):
+            raise extension.exists(name)
+        extension.add(self._place, self._document, self._index, [part.state for part in self._parts], name, values, ids)
+        self._load()
+        return self[name]
+
+    def verify(self) -> Verification:
+        """Read every committed byte and compare it with its commit record."""
+        return verify_run(self.path)
+
+    def asset(self, name: str) -> bytes:
+        """A file kept beside the tables; FileNotFoundError without one."""
+        return self._place.read(f"assets/{names.to_disk(name)}")
+
+    @property
+    def assets(self) -> list[str]:
+        """Names of the files kept beside the tables."""
+        return [names.from_disk(name) for name in self._place.names("assets")]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values of all columns."""
+        return sum(column.nbytes for table in self.tables.values() for column in table.values())
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __repr__(self) -> str:
+        commits = sum(part.commits for part in self.parts)
+        state = "closed" if all(part.closed for part in self.parts) else "open"
+        head = f"<Run {self.path}: {len(self)} examples, {self.nbytes / 1e6:.1f} MB, {commits} commits, {state}>"
+        return "\n".join([head, *(f"  {self._described(table)}" for table in self.tables.values())])
+
+    def _described(self, table: Table) -> str:
+        shown = [name for name in table if not name.startswith(("start.", "length."))]
+        more = f", ... ({len(shown)} columns)" if len(shown) > 6 else ""
+        return f"{table.name} [{table.rows}]: {', '.join(shown[:6])}{more}"
+
+    def _frame(self, table: str) -> pd.DataFrame:
+        import pandas as pd
+
+        return self.tables[table].to_pandas() if table in self.tables else pd.DataFrame()

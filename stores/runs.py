@@ -1,0 +1,88 @@
+"""The root of a run: starting one, finding one, and the keys it already holds."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from . import keys, zarr_documents
+from .errors import NotARunError, RunExistsError, SchemaError
+from .keys import KeySet
+from .part_reader import PartReader
+from .part_state import attributes, read_parts
+from .places import LocalPlace, Place
+from .schema import FORMAT, Json, RunDocument
+from .shard_cache import ShardCache
+
+ROOT = "zarr.json"
+
+
+def start(place: LocalPlace, mode: str, about: dict[str, Json]) -> RunDocument:
+    """The run document for a writer in this mode; a new run where the mode asks for one."""
+    if mode not in ("create", "resume", "overwrite"):
+        raise ValueError(f"mode is 'create', 'resume' or 'overwrite', not {mode!r}")
+    there = place.root.exists() and (not place.root.is_dir() or any(place.root.iterdir()))
+    if there and mode == "create":
+        raise RunExistsError(
+            f"{place.root} exists; give another path, mode='resume' to continue it, or mode='overwrite' to start anew (the old "
+            "one is renamed aside)"
+        )
+    if there and mode == "resume":
+        return _continued(place, about)
+    if there:
+        _rename_aside(place)
+    return _new(place, about)
+
+
+def read_document(place: Place, where: str | Path) -> RunDocument:
+    """The run document at a place; NotARunError if there is none."""
+    try:
+        found = attributes(place, ROOT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotARunError(f"{where} is not a tensortape run: it has no {ROOT}") from None
+    if FORMAT not in found:
+        raise NotARunError(f"{where} is a Zarr group, but not a tensortape run")
+    return RunDocument.from_attributes(found, str(where))
+
+
+def committed_keys(place: Place, run: str) -> tuple[KeySet, str | None]:
+    """Keys of all committed examples, and the kind of their ids (None while there is none)."""
+    found, kind = KeySet(), None
+    cache = ShardCache(place, verify=True)
+    for part in read_parts(place, run):
+        reader = PartReader(part, cache)
+        kind = part.columns["example/id"].dtype
+        found.add(map(keys.digest, *reader.keys()))
+    return found, kind
+
+
+def _new(place: LocalPlace, about: dict[str, Json]) -> RunDocument:
+    document = RunDocument(uid=uuid.uuid4().hex, **about)
+    place.create(ROOT, [zarr_documents.group(document.to_attributes())])
+    place.replace(f"parts/{ROOT}", [zarr_documents.group()])
+    place.settle()
+    return document
+
+
+def _continued(place: LocalPlace, about: dict[str, Json]) -> RunDocument:
+    document = read_document(place, place.root)
+    differences = sorted(_differences(document.fingerprint, about.get("fingerprint", {})))
+    if differences:
+        raise SchemaError(f"{place.root} was recorded from something else and cannot be resumed: {'; '.join(differences)}")
+    return document
+
+
+def _differences(old: Json, new: Json) -> list[str]:
+    def shown(value: Any) -> str:
+        return repr(value)[:60]
+
+    return [f"{key} was {shown(old[key])} and is now {shown(new[key])}" for key in old.keys() & new.keys() if old[key] != new[key]]
+
+
+def _rename_aside(place: LocalPlace) -> None:
+    uid = read_document(place, place.root).uid
+    aside = place.root.with_name(f"{place.root.name}.old-{uid[:8]}")
+    if aside.exists():
+        raise RunExistsError(f"{aside} exists already; move it away before overwriting {place.root} once more")
+    place.root.rename(aside)

@@ -1,0 +1,188 @@
+"""What a run says of itself: format version, documents of run and part, columns and their arrays.
+
+Everything here is a frozen value with a strict way to and from JSON. The schema of a column is written once, in the first commit
+record of each part; there is no second copy that could disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import dtypes, names
+from .errors import FormatVersionError, SchemaError
+from .layout import Grid, plan
+
+FORMAT = "tensortape"
+VERSION = 1
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ArraySchema:
+    """One Zarr array of a column: its role in the column, path in the part, logical dtype, feature shape and grid."""
+
+    name: str
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    grid: Grid
+    codec: str = "none"
+
+    def to_json(self) -> Json:
+        """As stored in a commit record."""
+        return {
+            "path": self.path,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "chunk": list(self.grid.chunk),
+            "shard": list(self.grid.shard),
+            "codec": self.codec,
+        }
+
+    @classmethod
+    def from_json(cls, name: str, document: Json) -> ArraySchema:
+        """The reverse of `to_json`; FormatVersionError for a codec of a later version."""
+        if document["codec"] != "none":
+            raise FormatVersionError(f"array {document['path']!r} uses the codec {document['codec']!r}; update tensortape to read it")
+        dtypes.stored(document["dtype"])
+        grid = Grid(tuple(document["chunk"]), tuple(document["shard"]))
+        return cls(name, document["path"], document["dtype"], tuple(document["shape"]), grid)
+
+
+@dataclass(frozen=True)
+class ColumnSchema:
+    """A column of one part. `arrays` maps roles (`values`, or `utf8` and `end` for text) to arrays."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    arrays: Mapping[str, ArraySchema]
+    site: Json | None = None
+    attributes: Json = field(default_factory=dict)
+
+    @property
+    def table(self) -> str:
+        """The table whose rows this column has values on."""
+        return names.split(self.name)[0]
+
+    @property
+    def short_name(self) -> str:
+        """The name without its table."""
+        return names.split(self.name)[1]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per value on disk; 0 for text."""
+        return 0 if self.dtype == dtypes.TEXT else dtypes.stored(self.dtype).itemsize
+
+    def to_json(self) -> Json:
+        """As stored in a commit record."""
+        return {
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "axes": list(self.axes),
+            "arrays": {role: array.to_json() for role, array in self.arrays.items()},
+            "site": self.site,
+            "attributes": self.attributes,
+        }
+
+    @classmethod
+    def from_json(cls, name: str, document: Json) -> ColumnSchema:
+        """The reverse of `to_json`."""
+        arrays = {role: ArraySchema.from_json(role, array) for role, array in document["arrays"].items()}
+        shape, axes = tuple(document["shape"]), tuple(document["axes"])
+        return cls(name, document["dtype"], shape, axes, arrays, document["site"], document["attributes"])
+
+
+def column_schema(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...] = (),
+    *,
+    shard_bytes: int,
+    axes: tuple[str, ...] | None = None,
+    site: Json | None = None,
+    attributes: Json | None = None,
+) -> ColumnSchema:
+    """The schema of a new column: where its arrays lie and how they are cut."""
+    if 0 in shape:
+        raise SchemaError(f"column {name!r} has the feature shape {shape}; every axis needs at least one value")
+    table, column = names.split(name)
+    path = f"{names.to_disk(table)}/{names.to_disk(column)}"
+    if dtype == dtypes.TEXT:
+        roles = {"utf8": ("uint8", f"{path}/utf8"), "end": ("int64", f"{path}/end")}
+    else:
+        roles = {"values": (dtype, path)}
+    arrays = {role: _array(role, where, kind, shape, shard_bytes) for role, (kind, where) in roles.items()}
+    return ColumnSchema(name, dtype, shape, axes or _axes(len(shape)), arrays, site, attributes or {})
+
+
+def _array(role: str, path: str, dtype: str, shape: tuple[int, ...], shard_bytes: int) -> ArraySchema:
+    return ArraySchema(role, path, dtype, shape, plan(shape, dtypes.stored(dtype).itemsize, shard_bytes))
+
+
+def _axes(count: int) -> tuple[str, ...]:
+    return ("feature",) if count == 1 else tuple(f"feature.{number}" for number in range(count))
+
+
+@dataclass(frozen=True)
+class RunDocument:
+    """The root document: format, identity, and what was known before the first example."""
+
+    uid: str
+    model: Json = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
+    fingerprint: Json = field(default_factory=dict)
+    policy: Json = field(default_factory=dict)
+
+    def to_attributes(self) -> Json:
+        """Attributes of the root group."""
+        body = {"uid": self.uid, "model": self.model, "provenance": self.provenance}
+        return {FORMAT: {"version": VERSION, **body, "fingerprint": self.fingerprint, "policy": self.policy}}
+
+    @classmethod
+    def from_attributes(cls, attributes: Json, where: str) -> RunDocument:
+        """The reverse; FormatVersionError for a newer format."""
+        document = _ours(attributes, where)
+        if document["version"] != VERSION:
+            raise FormatVersionError(
+                f"{where} is a tensortape run of format version {document['version']!r}, but this tensortape reads version "
+                f"{VERSION}; update tensortape"
+            )
+        return cls(*(document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")))
+
+
+@dataclass(frozen=True)
+class PartDocument:
+    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`."""
+
+    run: str
+    session: str
+    kind: str = "base"
+    rank: int = 0
+    world_size: int = 1
+    from_step: int | None = None
+    writer: str = ""
+
+    def to_attributes(self) -> Json:
+        """Attributes of the part's group."""
+        return {FORMAT: {"version": VERSION, "part": {name: getattr(self, name) for name in self.__dataclass_fields__}}}
+
+    @classmethod
+    def from_attributes(cls, attributes: Json, where: str) -> PartDocument:
+        """The reverse; FormatVersionError for a rewinding part, which a later version writes."""
+        part = cls(**_ours(attributes, where)["part"])
+        if part.from_step is not None:
+            raise FormatVersionError(f"{where} rewinds to step {part.from_step}; update tensortape to read it")
+        return part
+
+
+def _ours(attributes: Json, where: str) -> Json:
+    document = attributes.get(FORMAT)
+    if not isinstance(document, dict) or "version" not in document:
+        raise SchemaError(f"{where} is a Zarr group, but not one of tensortape's")
+    return document

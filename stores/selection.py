@@ -1,0 +1,47 @@
+"""Selecting recorded sites by pattern, offline."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from .columns import Column
+from .errors import UnknownColumnError
+from .patterns import Alias, Pattern, SiteName
+
+
+def select(columns: Sequence[Column], patterns: Sequence[str]) -> list[Column]:
+    """Columns that any pattern selects, in their own order; UnknownColumnError for a pattern that selects none."""
+    chosen: set[str] = set()
+    for text in patterns:
+        found = [column.name for column in columns if _fits(Pattern(text), column)]
+        if not found:
+            raise UnknownColumnError(_nothing(text, columns))
+        chosen.update(found)
+    return [column for column in columns if column.name in chosen]
+
+
+def site_name(column: Column) -> SiteName:
+    """The name of the site a column was recorded at."""
+    site = column.site or {}
+    return SiteName(site["path"], site["port"], site["call"])
+
+
+def aliases_of(column: Column) -> list[Alias]:
+    """What a recorded site is in every architecture."""
+    return [Alias(*alias) for alias in (column.site or {}).get("aliases", [])]
+
+
+def _fits(pattern: Pattern, column: Column) -> bool:
+    name = site_name(column)
+    if pattern.port is not None and pattern.port != name.port:
+        # An alias already decides on a port of its own (`resid_pre` is a block's input).
+        return False
+    return any(map(pattern.matches_alias, aliases_of(column))) or pattern.matches_path(name)
+
+
+def _nothing(text: str, columns: Sequence[Column]) -> str:
+    known = [str(site_name(column)) for column in columns]
+    known += [f"{alias.name}[{alias.layer}]" if alias.layer is not None else alias.name for c in columns for alias in aliases_of(c)]
+    near = difflib.get_close_matches(text, known, n=3, cutoff=0.0)
+    return f"{text!r} selects nothing that was recorded; the closest are {', '.join(map(repr, near))}" if near else "no site was recorded"

@@ -1,0 +1,236 @@
+"""The bytes of a shard: the one file that knows them.
+
+An uncompressed Zarr v3 shard (codec `sharding_indexed`, inner codecs `bytes` little-endian and `crc32c`, index at the end) is
+plain: chunk after chunk in C order of the chunk grid, each followed by its crc32c (4 bytes, little-endian); then one (offset,
+nbytes) pair of unsigned 64-bit integers per chunk of the grid, both 2^64-1 for an absent one; then the index's own crc32c.
+Chunks that hold no row at the time of writing are absent and a partly filled one is padded with the fill value. Because the
+position of every chunk follows from the shape, reading needs no index: a memory map and arithmetic.
+
+Besides the checksum in the file there is the one in the commit record. It covers only the *committed* rows of the chunk, so it
+stays right when a longer tail replaces the file, and a stale or swapped file cannot pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from .dtypes import Array
+from .layout import Grid
+
+CRC_BYTES = 4
+_ABSENT = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the chunks of one array's shards lie. `shape` is the feature shape of the array's rows."""
+
+    grid: Grid
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @cached_property
+    def shard_rows(self) -> int:
+        """Rows per shard."""
+        return self.grid.shard[0]
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        """Rows per chunk."""
+        return self.grid.chunk[0]
+
+    @cached_property
+    def pieces(self) -> int:
+        """Chunks side by side along the first feature axis (1 unless rows are over 8 MiB)."""
+        return self.grid.shard[1] // self.grid.chunk[1] if len(self.grid.chunk) > 1 else 1
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk without its checksum."""
+        return math.prod(self.grid.chunk) * self.dtype.itemsize
+
+    @cached_property
+    def chunk_row_bytes(self) -> int:
+        """Bytes of one row inside one chunk."""
+        return self.chunk_bytes // self.chunk_rows
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes from one chunk to the next."""
+        return self.chunk_bytes + CRC_BYTES
+
+    @cached_property
+    def slots(self) -> int:
+        """Chunks a full shard holds."""
+        return self.shard_rows // self.chunk_rows * self.pieces
+
+    def chunks_for(self, rows: int) -> int:
+        """Chunks present when the shard holds `rows` rows."""
+        return -(-rows // self.chunk_rows) * self.pieces
+
+    def file_bytes(self, rows: int) -> int:
+        """Size of a shard file that holds `rows` rows."""
+        return self.chunks_for(rows) * self.stride + 16 * self.slots + CRC_BYTES
+
+    def committed_bytes(self, chunk: int, rows: int) -> int:
+        """Bytes of chunk number `chunk` that belong to the first `rows` rows of the shard."""
+        first = chunk // self.pieces * self.chunk_rows
+        return min(self.chunk_rows, max(rows - first, 0)) * self.chunk_row_bytes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A shard ready to be written: buffers in file order, and the crc32c of each chunk's rows (for the commit record)."""
+
+    buffers: list[Array | bytes]
+    crcs: Array
+
+
+def encode(rows: Array, geometry: Geometry, fill: float | int | bool) -> Encoded:
+    """The bytes of a shard that holds `rows` [n, *feature] of the stored dtype, 1 <= n <= shard rows; views where possible."""
+    buffers: list[Array | bytes] = []
+    committed = []
+    for first in range(0, len(rows), geometry.chunk_rows):
+        for chunk, used in _chunks(rows[first : first + geometry.chunk_rows], geometry, fill):
+            crc = google_crc32c.value(chunk)
+            buffers += [chunk, _little(crc)]
+            whole = used == geometry.chunk_bytes
+            committed.append(crc if whole else google_crc32c.value(chunk.reshape(-1).view("u1")[:used]))
+    buffers.append(_index(len(committed), geometry))
+    return Encoded(buffers, np.array(committed, "<u4"))
+
+
+def _chunks(rows: Array, geometry: Geometry, fill: float | int | bool) -> list[tuple[Array, int]]:
+    """The chunks, side by side, of at most one chunk's rows, each with the bytes that belong to rows."""
+    used = len(rows) * geometry.chunk_row_bytes
+    if geometry.pieces == 1:
+        return [(_padded(rows, geometry.grid.chunk, fill), used)]
+    width = geometry.grid.chunk[1]
+    cuts = [rows[:, start : start + width] for start in range(0, geometry.shape[0], width)]
+    return [(_padded(cut, geometry.grid.chunk, fill), used) for cut in cuts]
+
+
+def _padded(rows: Array, chunk: tuple[int, ...], fill: float | int | bool) -> Array:
+    if rows.shape == chunk:
+        return np.ascontiguousarray(rows)
+    whole = np.full(chunk, fill, rows.dtype)
+    whole[tuple(slice(size) for size in rows.shape)] = rows
+    return whole
+
+
+def _index(present: int, geometry: Geometry) -> bytes:
+    index = np.full((geometry.slots, 2), _ABSENT, "<u8")
+    index[:present, 0] = np.arange(present, dtype="<u8") * np.uint64(geometry.stride)
+    index[:present, 1] = geometry.stride
+    body = index.tobytes()
+    return body + _little(google_crc32c.value(body))
+
+
+def _little(crc: int) -> bytes:
+    return crc.to_bytes(CRC_BYTES, "little")
+
+
+class Shard:
+    """Committed rows of one shard, read from its bytes; each chunk is checked against the commit record when first touched."""
+
+    def __init__(self, data: Any, geometry: Geometry, rows: int, crcs: Array, *, verify: bool = True) -> None:
+        self._bytes = np.frombuffer(data, np.uint8)
+        self._geometry = geometry
+        self._rows = rows
+        self._crcs = crcs
+        self._good = np.full(len(crcs), not verify)
+
+    def damaged(self, chunks: Sequence[int] | Array | None = None) -> list[int]:
+        """The chunks (all, unless some are named) whose committed rows are not the ones committed."""
+        chosen = np.arange(len(self._crcs)) if chunks is None else np.asarray(chunks)
+        bad = [int(chunk) for chunk in chosen[~self._good[chosen]] if not self._check(int(chunk))]
+        return bad
+
+    def rows_of(self, chunk: int) -> tuple[int, int]:
+        """First and one past the last row of the shard that chunk number `chunk` holds."""
+        first = chunk // self._geometry.pieces * self._geometry.chunk_rows
+        return first, min(first + self._geometry.chunk_rows, self._rows)
+
+    def structure_is_right(self) -> bool:
+        """Whether the parts that only foreign readers use (stored checksums, index) are right too."""
+        present = self._geometry.chunks_for(self._rows)
+        tail = self._bytes[present * self._geometry.stride :].tobytes()
+        return tail == _index(present, self._geometry) and all(map(self._stored_crc_is_right, range(present)))
+
+    def chunks_of(self, start: int, stop: int) -> range:
+        """The chunks that hold rows [start, stop)."""
+        geometry = self._geometry
+        return range(start // geometry.chunk_rows * geometry.pieces, geometry.chunks_for(stop))
+
+    def slice(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) of the stored dtype: a read-only view within one chunk, a copy across several."""
+        geometry = self._geometry
+        first, last = start // geometry.chunk_rows, (stop - 1) // geometry.chunk_rows
+        if geometry.pieces > 1:
+            return self._split_rows(np.arange(start, stop))
+        if first == last and geometry.dtype.itemsize <= CRC_BYTES:
+            return self._chunk(first)[start - first * geometry.chunk_rows : stop - first * geometry.chunk_rows]
+        return self._across(start, stop)
+
+    def gather(self, rows: Array) -> Array:
+        """Rows by number, in any order, as one copy."""
+        geometry = self._geometry
+        if geometry.pieces > 1:
+            return self._split_rows(rows)
+        words, per_row = self._words
+        chunk, within = np.divmod(rows, geometry.chunk_rows)
+        unit = words.itemsize
+        start = (chunk * geometry.stride + within * geometry.chunk_row_bytes) // unit
+        # One row is `per_row` words; the view overlaps itself, so row starts may lie at any word.
+        windows = np.lib.stride_tricks.as_strided(words, (len(words) - per_row + 1, per_row), (unit, unit), writeable=False)
+        return windows[start].view(geometry.dtype).reshape(len(rows), *geometry.shape)
+
+    @cached_property
+    def _words(self) -> tuple[Array, int]:
+        unit = math.gcd(self._geometry.chunk_row_bytes, CRC_BYTES)
+        end = self._geometry.chunks_for(self._rows) * self._geometry.stride
+        return self._bytes[:end].view(f"<u{unit}"), self._geometry.chunk_row_bytes // unit
+
+    def _chunk(self, number: int) -> Array:
+        start = number * self._geometry.stride
+        return self._bytes[start : start + self._geometry.chunk_bytes].view(self._geometry.dtype).reshape(self._geometry.grid.chunk)
+
+    def _across(self, start: int, stop: int) -> Array:
+        geometry = self._geometry
+        out = np.empty((stop - start, *geometry.shape), geometry.dtype)
+        flat = out.reshape(-1).view("u1").reshape(stop - start, -1)
+        for first in range(start - start % geometry.chunk_rows, stop, geometry.chunk_rows):
+            a, b = max(start, first), min(stop, first + geometry.chunk_rows)
+            at = first // geometry.chunk_rows * geometry.stride + (a - first) * geometry.chunk_row_bytes
+            flat[a - start : b - start].reshape(-1)[:] = self._bytes[at : at + (b - a) * geometry.chunk_row_bytes]
+        return out
+
+    def _split_rows(self, rows: Array) -> Array:
+        """Rows over 8 MiB: one row per chunk row, cut along the first feature axis."""
+        geometry = self._geometry
+        out = np.empty((len(rows), *geometry.shape), geometry.dtype)
+        width = geometry.grid.chunk[1]
+        for place, row in enumerate(rows):
+            for piece in range(geometry.pieces):
+                target = out[place, piece * width : (piece + 1) * width]
+                target[...] = self._chunk(int(row) * geometry.pieces + piece)[0, : len(target)]
+        return out
+
+    def _check(self, chunk: int) -> bool:
+        start = chunk * self._geometry.stride
+        used = self._geometry.committed_bytes(chunk, self._rows)
+        good = google_crc32c.value(self._bytes[start : start + used]) == int(self._crcs[chunk])
+        self._good[chunk] = good
+        return good
+
+    def _stored_crc_is_right(self, chunk: int) -> bool:
+        end = (chunk + 1) * self._geometry.stride
+        body, stored = self._bytes[end - self._geometry.stride : end - CRC_BYTES], self._bytes[end - CRC_BYTES : end]
+        return bool(google_crc32c.value(body) == int.from_bytes(stored.tobytes(), "little"))

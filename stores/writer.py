@@ -1,0 +1,257 @@
+"""RunWriter: any source of tensors into a run."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import uuid
+import weakref
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from . import keys, layout, names, runs
+from .dtypes import TEXT, Array
+from .errors import BrokenWriterError, BudgetError, KeyRepeatedError, SchemaError
+from .keys import KeySet
+from .parts import Description, PartWriter, start_columns
+from .places.local import Durability, LocalPlace
+from .ragged import Cells, Lengths, cells
+from .schema import Json, PartDocument
+
+Mode = Literal["create", "resume", "overwrite"]
+
+REWRITE_SHARE = 10  # tails may take one part in ten of what is written, and of the time
+SLOWEST = 10.0  # seconds after which a slow recording commits all the same
+
+
+class RunWriter:
+    """Writes a run, one append at a time.
+
+    Args:
+        path: the run's folder, by custom `NAME.zarr`.
+        mode: `create` refuses a path that exists; `resume` continues the run (or starts it, if there is none) and skips nothing by
+            itself: ask `committed_ids`; `overwrite` renames an existing run aside and starts a new one.
+        durability: `fsync` (a commit survives a power loss) or `rename` (it survives the end of the process).
+        memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
+        about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
+
+    Raises:
+        RunExistsError, NotARunError, SchemaError (resuming with another fingerprint).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: Mode = "create",
+        durability: Durability = "fsync",
+        memory_budget: int = layout.DEFAULT_BUDGET,
+        about: Mapping[str, Json] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._budget = memory_budget
+        self._place = LocalPlace(self.path, durability)
+        self._run = runs.start(self._place, mode, dict(about or {}))
+        self._session = uuid.uuid4().hex
+        self._descriptions: dict[str, Description] = {}
+        self._nonfinite: dict[str, int] = {}
+        self._pending: set[bytes] = set()
+        self._cadence = Cadence()
+        self._broken: BaseException | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self.committed_ids, self._id_kind = runs.committed_keys(self._place, self._run.uid)
+        self._part = self._new_part()
+        atexit.register(_close_at_exit, weakref.ref(self))
+
+    @property
+    def uid(self) -> str:
+        """The run's identity; a new one after `overwrite`."""
+        return self._run.uid
+
+    def describe(
+        self, column: str, *, axes: tuple[str, ...] | None = None, site: Json | None = None, attributes: Json | None = None
+    ) -> None:
+        """Say what a column is, before the first append: names of its feature axes, its site, attributes for all readers."""
+        names.split(column)
+        self._descriptions[column] = Description(axes, site, attributes or {})
+
+    def add_asset(self, name: str, content: bytes) -> None:
+        """Keep a file beside the tables (a tokenizer's, say); one that is there already stays."""
+        if names.to_disk(name) not in self._place.names("assets"):
+            self._place.create(f"assets/{names.to_disk(name)}", [content])
+
+    def append(
+        self,
+        *,
+        ids: Any,
+        columns: Mapping[str, Any],
+        lengths: Lengths | None = None,
+        phase: str = keys.PHASE,
+        step: int = keys.STEP,
+        nonfinite: Mapping[str, int] | None = None,
+    ) -> None:
+        """Append examples: all of them, in every column, or none.
+
+        Args:
+            ids: text or integers, one per example; with phase and step they must be new to the run.
+            columns: `<table>/<column>` to values. Tables `token`, `token.<stream>`, `pair`: one array [T_i, *feature] per example,
+                or with `lengths` one packed array [sum T_i, *feature]. Table `example`: one value, array row or text per example.
+                Every append needs the same columns.
+            lengths: rows per example of each table that is given packed.
+            nonfinite: rows per column that are known to hold NaN or infinity; shown by `tensortape info`.
+
+        Raises:
+            SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
+        """
+        self._check_usable()
+        ids = keys.normalise(ids)
+        if not ids:
+            return
+        digests = self._check_ids(ids, phase, step)
+        given = self._cells(ids, columns, lengths or {}, phase, step)
+        with _Breaks(self):
+            self._part.append(given, self._descriptions)
+        self._pending.update(digests)
+        for name, count in (nonfinite or {}).items():
+            self._nonfinite[name] = self._nonfinite.get(name, 0) + count
+        if self._cadence.due(sum(column.nbytes for column in given.values()), self._part.held_bytes):
+            self.commit()
+
+    def commit(self) -> None:
+        """Make everything appended so far visible and durable; acknowledged when this returns."""
+        self._check_usable()
+        if self._pending:
+            self._commit("commit")
+
+    def close(self) -> None:
+        """Commit and close the part; the writer cannot be used afterwards. Closing twice does nothing."""
+        if self._closed or self._broken is not None or os.getpid() != self._pid:
+            return
+        if self._part.name:
+            self._commit("closed")
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "broken" if self._broken is not None else "open"
+        return f"<RunWriter {self.path} {state}: {len(self.committed_ids)} examples committed, {len(self._pending)} pending>"
+
+    def _new_part(self) -> PartWriter:
+        document = PartDocument(run=self._run.uid, session=self._session, writer=f"tensortape {version('tensortape')}")
+        return PartWriter(self._place, document, self._budget)
+
+    def _commit(self, kind: str) -> None:
+        with _Breaks(self), self._cadence:
+            self._part.commit(kind, nonfinite=self._nonfinite)
+        self.committed_ids.add(self._pending)
+        self._pending = set()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise BrokenWriterError("this writer belongs to the parent process; open one in the process that writes")
+        if self._broken is not None:
+            raise BrokenWriterError(f"this writer failed before ({self._broken}); reopen the run with mode='resume'") from self._broken
+        if self._closed:
+            raise BrokenWriterError("this writer is closed")
+
+    def _check_ids(self, ids: keys.Ids, phase: str, step: int) -> list[bytes]:
+        self._id_kind = self._id_kind or keys.kind_of(ids)
+        if keys.kind_of(ids) != self._id_kind:
+            raise SchemaError(f"this run's ids are {self._id_kind}, but got {ids[0]!r}; ids are of one kind throughout a run")
+        keys.check_unique(ids)
+        digests = keys.digests(ids, phase, step)
+        for id_, digest in zip(ids, digests, strict=True):
+            if digest in self._pending or self.committed_ids.has(digest):
+                raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
+        return digests
+
+    def _cells(self, ids: keys.Ids, columns: Mapping[str, Any], lengths: Lengths, phase: str, step: int) -> dict[str, Cells]:
+        for name in columns:
+            _refuse_reserved(name)
+        given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
+        found = _lengths(given, lengths, len(ids))
+        return {
+            **given,
+            **start_columns(found, self._part.rows),
+            "example/id": Cells(keys.kind_of(ids), (), [np.array(ids, object if self._id_kind == TEXT else np.int64)], None),
+            "example/phase": Cells(TEXT, (), [np.full(len(ids), phase, object)], None),
+            "example/step": Cells("int64", (), [np.full(len(ids), step, np.int64)], None),
+        }
+
+
+class Cadence:
+    """When to commit without being asked: as often as rewriting tails stays under a tenth of the bytes, or of the time."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._last = time.monotonic()
+        self._duration = 0.0
+
+    def due(self, appended: int, tails: int) -> bool:
+        """Whether to commit after an append of so many bytes, with so many bytes in tails."""
+        self._bytes += appended
+        waited = time.monotonic() - self._last
+        return self._bytes >= REWRITE_SHARE * tails or waited >= max(SLOWEST, REWRITE_SHARE * self._duration)
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._last = time.monotonic()
+        self._duration, self._bytes = self._last - self._began, 0
+
+
+class _Breaks:
+    """Marks the writer unusable when writing fails half-way: its buffers no longer say what is on disk."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, (SchemaError, BudgetError)):
+            self._writer._broken = error
+
+
+def _lengths(given: Mapping[str, Cells], stated: Lengths, examples: int) -> dict[str, Array]:
+    """Rows per example of each ragged table; SchemaError where two columns of a table disagree."""
+    found: dict[str, tuple[str, Array]] = {}
+    for name, column in given.items():
+        table = names.split(name)[0]
+        if column.lengths is None:
+            continue
+        if len(column.lengths) != examples:
+            raise SchemaError(f"lengths of table {table!r} are {len(column.lengths)}, but there are {examples} examples")
+        first, lengths = found.setdefault(table, (name, column.lengths))
+        if not np.array_equal(lengths, column.lengths):
+            at = int(np.flatnonzero(lengths != column.lengths)[0])
+            raise SchemaError(
+                f"columns of table {table!r} disagree on example {at}: {first!r} has {lengths[at]} rows, {name!r} has "
+                f"{column.lengths[at]}"
+            )
+    return {table: lengths for table, (_, lengths) in found.items()}
+
+
+def _refuse_reserved(name: str) -> None:
+    if name in ("example/id", "example/phase", "example/step") or name.startswith(("example/start.", "example/length.")):
+        raise SchemaError(f"column {name!r} is written by the run itself; give ids=, phase=, step= or one array per example")
+
+
+def _close_at_exit(reference: weakref.ref[RunWriter]) -> None:
+    writer = reference()
+    if writer is not None:
+        writer.close()
+
