@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from . import dtypes
 from .dtypes import Array
 from .schema import ArraySchema
@@ -13,13 +11,13 @@ from .shards import Geometry
 
 
 class RowBuffer:
-    """Collects rows until a shard is full. Rows that make a whole shard by themselves pass through without a copy."""
+    """Collects blocks of rows until a shard is full. Rows are never copied into place: a shard is written from its blocks."""
 
     def __init__(self, schema: ArraySchema) -> None:
         self.schema = schema
         self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype))
         self.rows = 0
-        self._held: Array | None = None
+        self.blocks: list[Array] = []
 
     @property
     def shard(self) -> int:
@@ -36,28 +34,20 @@ class RowBuffer:
         """Bytes those rows take."""
         return self.held * self.geometry.chunk_row_bytes * self.geometry.pieces
 
-    def take(self, block: Array) -> Iterator[tuple[int, Array]]:
-        """Add rows [n, *shape]; yields (number, rows) of each shard that is now full, to be written before the next step."""
+    def take(self, block: Array, *, copy: bool) -> Iterator[tuple[int, list[Array]]]:
+        """Add rows [n, *shape]; yields (number, blocks) of each shard that is now full, to be written before the next step.
+
+        Rows that stay in the buffer are copied where the caller may change them (`copy`), or where a small rest would keep a large
+        block alive.
+        """
         start = 0
         while start < len(block):
             step = min(self.geometry.shard_rows - self.held, len(block) - start)
             piece, number = block[start : start + step], self.shard
             full = self.held + step == self.geometry.shard_rows
-            if full and self.held == 0:
-                yield number, piece
-            else:
-                self._storage[self.held : self.held + step] = piece
-                if full:
-                    yield number, self._storage
+            self.blocks.append(piece.copy() if not full and (copy or step < len(block)) else piece)
+            if full:
+                yield number, self.blocks
+                self.blocks = []
             self.rows += step
             start += step
-
-    def tail(self) -> Array:
-        """The rows of the shard that is being filled."""
-        return self._storage[: self.held]
-
-    @property
-    def _storage(self) -> Array:
-        if self._held is None:
-            self._held = np.empty((self.geometry.shard_rows, *self.schema.shape), self.geometry.dtype)
-        return self._held

@@ -64,7 +64,7 @@ class Record:
     def encode(self) -> bytes:
         """The file's bytes."""
         body = json.dumps(self._to_json(), separators=(",", ":"), allow_nan=False).encode()
-        return _HEAD % google_crc32c.value(body) + body + b"}"
+        return _framed(body)
 
     def _to_json(self) -> Json:
         return {
@@ -123,8 +123,13 @@ def _shards(document: Json) -> dict[int, ShardRecord]:
     return {int(number): ShardRecord.from_json(shard) for number, shard in document.items()}
 
 
+def _framed(body: bytes) -> bytes:
+    crc: int = google_crc32c.value(body)
+    return _HEAD % crc + body + b"}"
+
+
 def _body(data: bytes, where: str) -> bytes:
     body = data[_HEAD_BYTES:-1]
-    if data != _HEAD % google_crc32c.value(body) + body + b"}":
+    if data != _framed(body):
         raise DamagedError(f"{where}: the commit record is damaged (its checksum does not match)")
     return body

@@ -10,8 +10,8 @@ StoreError
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
 ├── SchemaError (ValueError)              what was given does not fit the run
 │   └── KeyRepeatedError                  the same example twice
-├── UnknownColumnError (LookupError)      no such column, table or site
-└── MissingExampleError (LookupError)     the column has no value for that example
+├── UnknownColumnError (KeyError)      no such column, table or site
+└── MissingExampleError (KeyError)     the column has no value for that example
 """
 
 
@@ -55,9 +55,13 @@ class KeyRepeatedError(SchemaError):
     """The same example twice."""
 
 
-class UnknownColumnError(StoreError, LookupError):
+class UnknownColumnError(StoreError, KeyError):
     """No column, table or site of that name."""
 
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
 
-class MissingExampleError(StoreError, LookupError):
+
+class MissingExampleError(StoreError, KeyError):
     """The column has no value for that example."""
+
+    __str__ = Exception.__str__

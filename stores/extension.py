@@ -24,14 +24,10 @@ def exists(name: str) -> SchemaError:
     return SchemaError(f"column {name!r} is already in the run; columns are never rewritten, give it another name")
 
 
-def add(
-    place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState], name: str, values: Any, ids: Any
-) -> None:
+def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState], name: str, values: Any, ids: Any) -> None:
     """Write one column as a part of its own, closed at once."""
     chosen = np.arange(len(index)) if ids is None else _numbers(index, keys.normalise(ids))
-    document = PartDocument(
-        run=run.uid, session=uuid.uuid4().hex, kind="extension", writer=f"tensortape {version('tensortape')}"
-    )
+    document = PartDocument(run=run.uid, session=uuid.uuid4().hex, kind="extension", writer=f"tensortape {version('tensortape')}")
     writer = PartWriter(place, document, layout.DEFAULT_BUDGET)
     column = _cells(index, name, values, chosen)
     bounds = {} if column.lengths is None else {names.split(name)[0]: column.lengths}
@@ -51,7 +47,9 @@ def _cells(index: Index, name: str, values: Any, chosen: Array) -> Cells:
     if len(wrong):
         at = int(wrong[0])
         got = (column.lengths if column.lengths is not None else expected)[at]
-        raise SchemaError(f"column {name!r} has {got} rows for example {index.keys[0][chosen[at]]!r}, which has {expected[at]} in {table!r}")
+        raise SchemaError(
+            f"column {name!r} has {got} rows for example {index.keys[0][chosen[at]]!r}, which has {expected[at]} in {table!r}"
+        )
     return column
 
 

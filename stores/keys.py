@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -48,11 +49,9 @@ def content_id(tokens: Any) -> str:
 
 def check_unique(ids: Ids) -> None:
     """KeyRepeatedError if an id stands twice."""
-    if len(set(ids)) == len(ids):
-        return
-    seen: set[str | int] = set()
-    repeated = next(id_ for id_ in ids if id_ in seen or seen.add(id_))
-    raise KeyRepeatedError(f"id {repeated!r} is given twice; every example needs an id of its own")
+    repeated = [id_ for id_, times in Counter[str | int](ids).items() if times > 1]
+    if repeated:
+        raise KeyRepeatedError(f"id {repeated[0]!r} is given twice; every example needs an id of its own")
 
 
 class KeySet:

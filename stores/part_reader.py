@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class ArrayReader:
         touched = np.unique(number)
         if len(touched) == 1:
             return self._gather_from(int(touched[0]), within)
-        out = np.empty((len(rows), *self._schema.shape), self.geometry.dtype)
+        out: Array = np.empty((len(rows), *self._schema.shape), self.geometry.dtype)
         for shard in touched:
             here = np.flatnonzero(number == shard)
             out[here] = self._gather_from(int(shard), within[here])
@@ -171,7 +172,7 @@ class PartReader:
             ends = np.concatenate([np.zeros(1, np.int64), ends])
         texts = np.empty(stop - start, object)
         if len(texts):
-            utf8 = self.array(column.arrays["utf8"]).slice(int(ends[0]), int(ends[-1])).tobytes()
+            utf8: bytes = self.array(column.arrays["utf8"]).slice(int(ends[0]), int(ends[-1])).tobytes()
             edges = (ends - ends[0]).tolist()
-            texts[:] = [utf8[a:b].decode() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            texts[:] = [utf8[a:b].decode() for a, b in pairwise(edges)]
         return texts

@@ -33,7 +33,7 @@ class Description:
 
 def claim(place: Place, document: PartDocument) -> str:
     """Take the next free part number; several writers may try at once and each gets its own."""
-    number = len(place.names("parts"))
+    number = max((int(name[1:]) + 1 for name in place.names("parts") if name != "zarr.json"), default=0)
     while True:
         name = f"p{number:06d}"
         try:
@@ -59,6 +59,7 @@ class PartWriter:
         self._number = 0
         self._previous = ""
         self.rows: dict[str, int] = {}
+        self._copy = False
         self.written = 0
         self.name = ""
 
@@ -67,8 +68,12 @@ class PartWriter:
         """Bytes in buffers: what the next commit has to write as tails."""
         return sum(buffer.held_bytes for buffer in self._buffers.values())
 
-    def append(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
-        """Add one row group: cells of every column of the part, already consistent with one another."""
+    def append(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description], *, copy: bool = False) -> None:
+        """Add one row group: cells of every column of the part, already consistent with one another.
+
+        `copy` says that the caller may change the arrays afterwards.
+        """
+        self._copy = copy
         if not self._schemas:
             self._define(given, descriptions)
         self._check(given)
@@ -89,7 +94,9 @@ class PartWriter:
 
     def _define(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
         shard_bytes = layout.shard_bytes_for(self._budget, len(given))
-        schemas = {name: _schema(name, column, descriptions.get(name, Description()), shard_bytes) for name, column in given.items()}
+        schemas = {
+            name: _schema(name, column, descriptions.get(name, Description()), shard_bytes) for name, column in given.items()
+        }
         roles = [role for schema in schemas.values() for role in schema.arrays.values()]
         layout.check_budget(self._budget, [(role.grid, dtypes.stored(role.dtype).itemsize) for role in roles])
         self.name = claim(self._place, self._document)
@@ -129,20 +136,20 @@ class PartWriter:
             self._push(end, ends)
 
     def _push(self, path: str, block: Array) -> None:
-        for number, rows in self._buffers[path].take(block):
-            self._write_shard(path, number, rows)
+        for number, blocks in self._buffers[path].take(block, copy=self._copy):
+            self._write_shard(path, number, blocks)
 
-    def _write_shard(self, path: str, number: int, rows: Array) -> None:
-        buffer = self._buffers[path]
-        encoded = encode(rows, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
-        self._place.replace(shard_path(self.name, path, number, rows.ndim), encoded.buffers)
-        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs)
-        self.written += buffer.geometry.file_bytes(len(rows))
+    def _write_shard(self, path: str, number: int, blocks: list[Array]) -> None:
+        buffer, rows = self._buffers[path], sum(map(len, blocks))
+        encoded = encode(blocks, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
+        self._place.replace(shard_path(self.name, path, number, blocks[0].ndim), encoded.buffers)
+        self._touched.setdefault(path, {})[number] = ShardRecord(rows, encoded.crcs)
+        self.written += buffer.geometry.file_bytes(rows)
 
     def _write_tails(self) -> None:
         for path, buffer in self._buffers.items():
             if buffer.held and buffer.rows != self._committed.get(path, 0):
-                self._write_shard(path, buffer.shard, buffer.tail())
+                self._write_shard(path, buffer.shard, buffer.blocks)
 
     def _write_shapes(self, wave: int) -> None:
         for schema in self._schemas.values():
@@ -171,7 +178,9 @@ class PartWriter:
         try:
             self._place.create(commits.path_of(self.name, self._number + 1), [record])
         except FileExistsError:
-            raise LostPartError(f"part {self.name} was continued or sealed by somebody else; nothing of theirs was changed") from None
+            raise LostPartError(
+                f"part {self.name} was continued or sealed by somebody else; nothing of theirs was changed"
+            ) from None
         self._number, self._previous = self._number + 1, commits.digest(record)
         self._committed, self._touched = rows, {}
 

@@ -1,11 +1,11 @@
 """Patterns that select sites: of a live model's modules and of a recorded site table alike.
 
-    layers.*.mlp            module paths; `*` is one path segment (or part of one), `**` any number of segments
-    layers.3:in             a port; `out` is the default, `out[1]` and `out[last_hidden_state]` pick a leaf
-    layers.3#2              the second call of a module within one forward; without `#` every call
-    re:.*(mlp|attn)         a regular expression for the whole module path, or for `path:port`
-    resid_post[0:12:2]      an alias that every architecture shares, with a slice over layers; `encoder.resid_post` picks a stack
-    blocks.3.hook_resid_pre a TransformerLens name, the same site as `resid_pre[3]`
+layers.*.mlp            module paths; `*` is one path segment (or part of one), `**` any number of segments
+layers.3:in             a port; `out` is the default, `out[1]` and `out[last_hidden_state]` pick a leaf
+layers.3#2              the second call of a module within one forward; without `#` every call
+re:.*(mlp|attn)         a regular expression for the whole module path, or for `path:port`
+resid_post[0:12:2]      an alias that every architecture shares, with a slice over layers; `encoder.resid_post` picks a stack
+blocks.3.hook_resid_pre a TransformerLens name, the same site as `resid_pre[3]`
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ class Run:
         exact = [column for column in self.sites if names.split(column.name)[1] == name]
         found = exact or self.select(name)
         if len(found) > 1:
-            raise UnknownColumnError(f"{name!r} fits {len(found)} columns ({', '.join(column.name for column in found)}); use select()")
+            raise UnknownColumnError(
+                f"{name!r} fits {len(found)} columns ({', '.join(column.name for column in found)}); use select()"
+            )
         return found[0]
 
     def select(self, pattern: str | Sequence[str]) -> list[Column]:

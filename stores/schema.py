@@ -46,7 +46,9 @@ class ArraySchema:
     def from_json(cls, name: str, document: Json) -> ArraySchema:
         """The reverse of `to_json`; FormatVersionError for a codec of a later version."""
         if document["codec"] != "none":
-            raise FormatVersionError(f"array {document['path']!r} uses the codec {document['codec']!r}; update tensortape to read it")
+            raise FormatVersionError(
+                f"array {document['path']!r} uses the codec {document['codec']!r}; update tensortape to read it"
+            )
         dtypes.stored(document["dtype"])
         grid = Grid(tuple(document["chunk"]), tuple(document["shard"]))
         return cls(name, document["path"], document["dtype"], tuple(document["shape"]), grid)

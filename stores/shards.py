@@ -13,7 +13,7 @@ stays right when a longer tail replaces the file, and a stale or swapped file ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,18 +93,34 @@ class Encoded:
     crcs: Array
 
 
-def encode(rows: Array, geometry: Geometry, fill: float | int | bool) -> Encoded:
-    """The bytes of a shard that holds `rows` [n, *feature] of the stored dtype, 1 <= n <= shard rows; views where possible."""
+def encode(blocks: Sequence[Array], geometry: Geometry, fill: float | int | bool) -> Encoded:
+    """The bytes of a shard that holds the rows of `blocks` [n, *feature], at least one; views of them where possible."""
     buffers: list[Array | bytes] = []
     committed = []
-    for first in range(0, len(rows), geometry.chunk_rows):
-        for chunk, used in _chunks(rows[first : first + geometry.chunk_rows], geometry, fill):
+    for rows in _cut(blocks, geometry.chunk_rows):
+        for chunk, used in _chunks(rows, geometry, fill):
             crc = google_crc32c.value(chunk)
             buffers += [chunk, _little(crc)]
             whole = used == geometry.chunk_bytes
             committed.append(crc if whole else google_crc32c.value(chunk.reshape(-1).view("u1")[:used]))
     buffers.append(_index(len(committed), geometry))
     return Encoded(buffers, np.array(committed, "<u4"))
+
+
+def _cut(blocks: Sequence[Array], size: int) -> Iterator[Array]:
+    """The rows of all blocks, `size` at a time; copied only where they cross from one block to the next."""
+    held: list[Array] = []
+    missing = size
+    for block in blocks:
+        for start in range(missing - size, len(block), size):
+            piece = block[max(start, 0) : start + size]
+            held.append(piece)
+            missing -= len(piece)
+            if missing == 0:
+                yield held[0] if len(held) == 1 else np.concatenate(held)
+                held, missing = [], size
+    if held:
+        yield held[0] if len(held) == 1 else np.concatenate(held)
 
 
 def _chunks(rows: Array, geometry: Geometry, fill: float | int | bool) -> list[tuple[Array, int]]:
@@ -161,7 +177,7 @@ class Shard:
     def structure_is_right(self) -> bool:
         """Whether the parts that only foreign readers use (stored checksums, index) are right too."""
         present = self._geometry.chunks_for(self._rows)
-        tail = self._bytes[present * self._geometry.stride :].tobytes()
+        tail: bytes = self._bytes[present * self._geometry.stride :].tobytes()
         return tail == _index(present, self._geometry) and all(map(self._stored_crc_is_right, range(present)))
 
     def chunks_of(self, start: int, stop: int) -> range:
@@ -190,7 +206,8 @@ class Shard:
         start = (chunk * geometry.stride + within * geometry.chunk_row_bytes) // unit
         # One row is `per_row` words; the view overlaps itself, so row starts may lie at any word.
         windows = np.lib.stride_tricks.as_strided(words, (len(words) - per_row + 1, per_row), (unit, unit), writeable=False)
-        return windows[start].view(geometry.dtype).reshape(len(rows), *geometry.shape)
+        found: Array = windows[start]
+        return found.view(geometry.dtype).reshape(len(rows), *geometry.shape)
 
     @cached_property
     def _words(self) -> tuple[Array, int]:
@@ -233,4 +250,5 @@ class Shard:
     def _stored_crc_is_right(self, chunk: int) -> bool:
         end = (chunk + 1) * self._geometry.stride
         body, stored = self._bytes[end - self._geometry.stride : end - CRC_BYTES], self._bytes[end - CRC_BYTES : end]
-        return bool(google_crc32c.value(body) == int.from_bytes(stored.tobytes(), "little"))
+        crc: int = google_crc32c.value(body)
+        return crc == int.from_bytes(stored.tobytes(), "little")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import runs, zarr_documents
 from .errors import StoreError
@@ -87,7 +88,9 @@ class _Checks:
             self.damaged.append(Damage(path, f"not an array document ({error})"))
             return
         if shape[0] < array.rows or shape[1:] != array.geometry.shape:
-            self.damaged.append(Damage(path, f"states the shape {shape}, but {array.rows} rows of {array.geometry.shape} are committed"))
+            self.damaged.append(
+                Damage(path, f"states the shape {shape}, but {array.rows} rows of {array.geometry.shape} are committed")
+            )
 
     def _array(self, reader: PartReader, array_path: str, array: ArrayReader) -> None:
         for number, path, sealed in array.shards():
@@ -122,5 +125,5 @@ def _ids(reader: PartReader, array_path: str, start: int, stop: int) -> tuple[st
     return _plain(ids[0]), _plain(ids[-1])
 
 
-def _plain(id_: object) -> str | int:
-    return id_ if isinstance(id_, str) else int(id_)  # type: ignore[call-overload, no-any-return]
+def _plain(id_: Any) -> str | int:
+    return id_ if isinstance(id_, str) else int(id_)

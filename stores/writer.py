@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,6 @@ import numpy as np
 from . import keys, layout, names, runs
 from .dtypes import TEXT, Array
 from .errors import BrokenWriterError, BudgetError, KeyRepeatedError, SchemaError
-from .keys import KeySet
 from .parts import Description, PartWriter, start_columns
 from .places.local import Durability, LocalPlace
 from .ragged import Cells, Lengths, cells
@@ -96,6 +95,7 @@ class RunWriter:
         phase: str = keys.PHASE,
         step: int = keys.STEP,
         nonfinite: Mapping[str, int] | None = None,
+        copy: bool = True,
     ) -> None:
         """Append examples: all of them, in every column, or none.
 
@@ -106,6 +106,7 @@ class RunWriter:
                 Every append needs the same columns.
             lengths: rows per example of each table that is given packed.
             nonfinite: rows per column that are known to hold NaN or infinity; shown by `tensortape info`.
+            copy: False if the arrays will not be changed any more: they are then written from where they are.
 
         Raises:
             SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
@@ -117,7 +118,7 @@ class RunWriter:
         digests = self._check_ids(ids, phase, step)
         given = self._cells(ids, columns, lengths or {}, phase, step)
         with _Breaks(self):
-            self._part.append(given, self._descriptions)
+            self._part.append(given, self._descriptions, copy=copy)
         self._pending.update(digests)
         for name, count in (nonfinite or {}).items():
             self._nonfinite[name] = self._nonfinite.get(name, 0) + count
@@ -162,7 +163,9 @@ class RunWriter:
         if os.getpid() != self._pid:
             raise BrokenWriterError("this writer belongs to the parent process; open one in the process that writes")
         if self._broken is not None:
-            raise BrokenWriterError(f"this writer failed before ({self._broken}); reopen the run with mode='resume'") from self._broken
+            raise BrokenWriterError(
+                f"this writer failed before ({self._broken}); reopen the run with mode='resume'"
+            ) from self._broken
         if self._closed:
             raise BrokenWriterError("this writer is closed")
 
@@ -254,4 +257,3 @@ def _close_at_exit(reference: weakref.ref[RunWriter]) -> None:
     writer = reference()
     if writer is not None:
         writer.close()
-

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from ..dtypes import Array
 from .contract import Buffers
 
 Durability = Literal["fsync", "rename"]
@@ -98,11 +99,15 @@ class LocalPlace:
 def _write(path: Path, buffers: Buffers, *, sync: bool) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _write_all(handle, [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)])
+        _write_all(handle, [_view(buffer) for buffer in buffers if len(buffer)])
         if sync:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _view(buffer: Array | bytes) -> memoryview:
+    return (memoryview(buffer) if isinstance(buffer, bytes) else buffer.data).cast("B")
 
 
 def _write_all(handle: int, views: list[memoryview]) -> None:
