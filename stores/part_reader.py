@@ -127,7 +127,8 @@ class PartReader:
     def gather(self, column: ColumnSchema, rows: Array) -> Array:
         """Rows of a column by number, in any order."""
         if column.dtype == TEXT:
-            return self._text(column, int(rows.min()), int(rows.max()) + 1)[rows - rows.min()]
+            texts: Array = self._text(column, int(rows.min()), int(rows.max()) + 1)[rows - rows.min()]
+            return texts
         return dtypes.from_stored(self.array(column.arrays["values"]).gather(rows), column.dtype)
 
     def keys(self) -> tuple[list[Any], list[str], list[int]]:

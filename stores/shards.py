@@ -243,9 +243,9 @@ class Shard:
     def _check(self, chunk: int) -> bool:
         start = chunk * self._geometry.stride
         used = self._geometry.committed_bytes(chunk, self._rows)
-        good = google_crc32c.value(self._bytes[start : start + used]) == int(self._crcs[chunk])
-        self._good[chunk] = good
-        return good
+        crc: int = google_crc32c.value(self._bytes[start : start + used])
+        self._good[chunk] = crc == int(self._crcs[chunk])
+        return bool(self._good[chunk])
 
     def _stored_crc_is_right(self, chunk: int) -> bool:
         end = (chunk + 1) * self._geometry.stride

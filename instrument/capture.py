@@ -1,0 +1,126 @@
+"""Captures: one site's tensor for one batch, reduced to the rows that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tensortape.stores.patterns import Alias, SiteName
+
+from .errors import LayoutError
+from .layouts import Layout, infer
+from .reduce import reduced
+from .sites import Tap
+from .streams import MAIN, Stream, table_of
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Rows [n, *feature] of a site in one batch, on the device they were computed on, and the table they belong to."""
+
+    tap: Tap
+    site: SiteName
+    layout: Layout
+    rows: torch.Tensor
+    lengths: list[int] | None  # rows per example; None for exactly one
+
+    @property
+    def column(self) -> str:
+        """The column the rows go to."""
+        reduction = self.tap.options.reduce
+        if self.tap.options.missing == "absent":
+            return f"token.{self.site.path}/{self.site}"
+        if reduction is not None:
+            return f"example/{self.site}|{reduction}"
+        return f"example/{self.site}" if self.lengths is None else f"{table_of(self.layout.stream)}/{self.site}"
+
+
+@dataclass
+class Pins:
+    """What a recording has learnt of its sites: layouts, once known, hold for all later batches."""
+
+    aliases: Mapping[SiteName, list[Alias]]
+    layouts: dict[SiteName, Layout] = field(default_factory=dict)
+
+    def layout(self, tap: Tap, site: SiteName, tensor: torch.Tensor, streams: Mapping[str, Stream], rows: int) -> Layout:
+        """The layout of a site's tensors."""
+        if site not in self.layouts:
+            asked = tap.options.pinned_layout
+            self.layouts[site] = asked or infer(tuple(tensor.shape), rows, streams, str(site), **self._hints(site, streams))
+        return self.layouts[site]
+
+    def _hints(self, site: SiteName, streams: Mapping[str, Stream]) -> dict[str, str | None]:
+        stack = self.stack(site)
+        home = None if stack is None else "decoder" if stack.rpartition(".")[2] == "decoder" else MAIN
+        opens = site.path or "root"
+        return {"home": home, "opens": None if opens in streams else opens}
+
+    def stack(self, site: SiteName) -> str | None:
+        """The stack whose residual stream the site is in; None for any other site."""
+        return next((alias.stack for alias in self.aliases.get(site, []) if alias.layer is not None), None)
+
+    def promote(self, captures: dict[SiteName, Capture], streams: dict[str, Stream]) -> None:
+        """Where the call showed no tokens (images, features), make the first stack's stream, or else the first one, the main one."""
+        opened = [(site, taken.layout.stream) for site, taken in captures.items() if taken.layout.stream]
+        if MAIN in streams or not opened:
+            return
+        main = next((stream for site, stream in opened if self.stack(site) is not None), opened[0][1])
+        streams[MAIN] = streams.pop(main)
+        for site, stream in opened:
+            if stream == main:
+                self.layouts[site] = replace(self.layouts[site], stream=MAIN)
+                captures[site] = replace(captures[site], layout=self.layouts[site])
+
+
+def capture(
+    tap: Tap, site: SiteName, tensor: torch.Tensor, pins: Pins, streams: dict[str, Stream], rows: int, examples: int
+) -> Capture:
+    """Take the kept rows of a tensor; `streams` gains the stream that the tensor opens, if it does."""
+    tensor = tensor.detach()
+    layout = pins.layout(tap, site, tensor, streams, rows)
+    stream = _stream(layout, tensor, streams, str(site))
+    if stream is None and len(tensor) != examples:
+        raise LayoutError(f"site {site} has one row per example, but gave {len(tensor)} rows for {examples} examples")
+    kept = layout.rows(tensor, stream)
+    if tap.options.dtype is not None:
+        kept = kept.to(getattr(torch, tap.options.dtype))
+    lengths = None if stream is None else stream.lengths
+    if tap.options.reduce is not None and lengths is not None:
+        kept, lengths = reduced(kept, lengths, tap.options.reduce), None
+    return Capture(tap, site, layout, kept, lengths)
+
+
+def _stream(layout: Layout, tensor: torch.Tensor, streams: dict[str, Stream], site: str) -> Stream | None:
+    if layout.kind == "example":
+        return None
+    rows, width = layout.axes(tensor)
+    stream = streams.get(layout.stream)
+    if stream is None:
+        if width is None:
+            raise LayoutError(f"site {site} has the layout {str(layout)!r}, but the width of stream {layout.stream!r} is not known")
+        stream = streams[layout.stream] = Stream(rows, width)
+    fits = (
+        tensor.shape[0] in (stream.rows * stream.width, stream.kept)
+        if width is None
+        else (rows, width) == (stream.rows, stream.width)
+    )
+    if not fits:
+        raise LayoutError(
+            f"site {site} has the layout {str(layout)!r}, but gave a tensor of shape {list(tensor.shape)} in a batch of "
+            f"{stream.rows} rows of {stream.width} positions"
+        )
+    return stream
+
+
+def nonfinite_rows(rows: torch.Tensor) -> int:
+    """How many rows hold NaN or infinity. One sum tells in the usual case that none does."""
+    if (
+        not rows.is_floating_point()
+        or not rows.numel()
+        or bool(torch.isfinite(rows.float().sum() if rows.itemsize == 1 else rows.sum()))
+    ):
+        return 0
+    flat = rows.reshape(len(rows), -1)
+    return int((~torch.isfinite(flat.float() if rows.itemsize == 1 else flat)).any(1).sum())

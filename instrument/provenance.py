@@ -1,0 +1,67 @@
+"""What a run says of the model it was recorded from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from torch import nn
+
+from tensortape.stores.dtypes import as_numpy
+
+Json = dict[str, Any]
+_SAMPLE = 1 << 16  # values of a parameter that enter the fingerprint
+
+
+def about(model: nn.Module) -> dict[str, Json]:
+    """The `model`, `provenance` and `fingerprint` of the run document."""
+    config = getattr(model, "config", None)
+    described: Json = {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
+    }
+    if config is not None and hasattr(config, "to_dict"):
+        described["config"] = _plain(config.to_dict())
+        described["name"] = Path(str(getattr(config, "name_or_path", "") or "")).name
+    return {"model": described, "provenance": _versions(), "fingerprint": {"weights": fingerprint(model)}}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of every parameter's and buffer's name, shape, dtype and (an even sample of) values."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            flat = tensor.detach().reshape(-1)
+            sample = as_numpy(flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()).view("u1")
+            found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {google_crc32c.value(sample)}\n".encode())
+    return found.hexdigest()
+
+
+def _versions() -> Json:
+    packages = ("tensortape", "torch", "transformers", "numpy", "zarr")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """JSON of a config: paths shortened to their last part, anything unusual as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items() if key != "_name_or_path"}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,192 @@
+"""Recorder: taps on a model, captures into a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from tensortape.stores import RunWriter, keys, layout
+from tensortape.stores.patterns import SiteName
+from tensortape.stores.places.local import Durability
+from tensortape.stores.writer import Mode
+
+from .batch import Batch, Given, Rows, keep
+from .capture import Pins
+from .errors import BatchError
+from .modules import is_compiled, refuse_compiled, unwrapped
+from .provenance import about
+from .sites import Selection, aliases_by_site, resolve
+from .taps import TapSet
+
+
+class Recorder:
+    """Records chosen sites of a model into a run, batch by batch, from any loop.
+
+        with Recorder(model, sites=["resid_post"], to="run.zarr") as recorder:
+            for batch in loader:
+                with recorder.batch(ids=batch["id"]):
+                    model(**batch["inputs"])
+
+    The model is called exactly as before and computes exactly the same: hooks are in place only inside `batch`, and only copy.
+
+    Args:
+        model: any torch module; DDP, FSDP and torch.compile wrappers are looked through.
+        sites: one pattern, `Site` or callable `(path, module) -> ports`, or a list of them; see `tensortape.stores.patterns`.
+        to: the run's folder.
+        mode: `create` refuses a path that exists, `resume` continues a run and leaves out examples it has already, `overwrite`
+            renames an existing run aside.
+        durability: `fsync` or `rename`, as for `RunWriter`.
+        memory_budget: bytes that buffered rows may take on the host.
+        recompile: if the model is compiled already, reset torch.compile so that it is compiled anew with the hooks.
+
+    Raises:
+        SiteNotFoundError, CompiledModelError, UnsupportedModelError; RunExistsError and the other errors of `RunWriter`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sites: Selection,
+        to: str | os.PathLike[str],
+        mode: Mode = "create",
+        durability: Durability = "fsync",
+        memory_budget: int = layout.DEFAULT_BUDGET,
+        recompile: bool = False,
+    ) -> None:
+        refuse_compiled(model, recompile=recompile)
+        self._model = unwrapped(model)
+        self._taps = resolve(self._model, sites)
+        self._pins = Pins(aliases_by_site(self._model))
+        self._stays = is_compiled(model)
+        self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
+        self._expected: set[SiteName] | None = None
+        self._known: dict[str, Any] = {}
+        self._resumes = mode == "resume"
+        self.writer = RunWriter(to, mode=mode, durability=durability, memory_budget=memory_budget, about=about(self._model))
+
+    def attach(self) -> None:
+        """Place the hooks now and keep them until `close`, so that a later torch.compile compiles them in."""
+        self._stays = True
+        if not self._tap_set.attached:
+            self._tap_set = TapSet(self._model, self._taps, traceable=True)
+            self._tap_set.attach()
+
+    @contextmanager
+    def batch(
+        self,
+        *,
+        ids: Any,
+        labels: Mapping[str, Any] | None = None,
+        tokens: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+    ) -> Iterator[Batch]:
+        """Record the one forward of the model that runs inside: all of its examples in every column, or none.
+
+        Args:
+            ids: text or integers, one per example and new to the run, or "content" to use a hash of each example's tokens.
+            labels: `example/<name>` to one value per example, `token/<name>` to values [B, T] or one sequence per example.
+            tokens: [B, T] input ids, where the call does not show them as `input_ids`.
+            mask: [B, T], 1 where a position is a real token, where the call has no 2-D `attention_mask`.
+            segments: [B, T] integers, for rows that hold several examples: which one a position belongs to.
+
+        Raises:
+            BatchError, LayoutError, ForwardError, SiteNotFoundError, KeyRepeatedError: after the block, and nothing of the batch is
+            recorded; whatever the block itself raises passes through.
+        """
+        given = Given(_checked(ids), labels or {}, tokens, mask, segments)
+        batch = Batch(given, self._model, self._pins, recorded=not self._has_all(given))
+        if not batch.recorded:
+            yield batch
+            return
+        with self._hooks(), self._tap_set.sending_to(batch):
+            yield batch
+        self._write(batch)
+
+    def commit(self) -> None:
+        """Make everything recorded so far visible and durable."""
+        self.writer.commit()
+
+    def close(self) -> None:
+        """Commit, remove all hooks, close the run."""
+        self._tap_set.remove()
+        self.writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Recorder of {len(self._taps)} taps on {type(self._model).__name__} to {self.writer!r}>"
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        if self._stays:
+            if not self._tap_set.attached:
+                self._tap_set.attach()
+            yield
+            return
+        with self._tap_set:
+            yield
+
+    def _has_all(self, given: Given) -> bool:
+        """Whether a resumed run holds every example of a batch already."""
+        if not self._resumes or given.examples is None:
+            return False
+        return all(id_ in self.writer.committed_ids for id_ in keys.normalise(given.ids))
+
+    def _write(self, batch: Batch) -> None:
+        batch.check(self._taps, self._expected)
+        rows = self._new_only(batch.rows(self._known))
+        if self._expected is None:
+            self._learn(batch)
+        self.writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite, copy=False)
+        self._expected = self._expected or set(batch.captures)
+
+    def _new_only(self, rows: Rows) -> Rows:
+        if not self._resumes:
+            return rows
+        wanted = np.array([id_ not in self.writer.committed_ids for id_ in rows.ids])
+        return rows if wanted.all() else keep(rows, wanted)
+
+    def _learn(self, batch: Batch) -> None:
+        """After the first batch: say what each column is, and remember what an absent one looks like."""
+        for site, taken in batch.captures.items():
+            self.writer.describe(
+                taken.column,
+                site={
+                    "path": site.path,
+                    "port": site.port,
+                    "call": site.call,
+                    "aliases": [[alias.stack, alias.name, alias.layer, alias.depth] for alias in self._pins.aliases.get(site, [])],
+                    "layout": str(taken.layout),
+                    "reduce": taken.tap.options.reduce,
+                    "target": None,
+                },
+            )
+            if taken.tap.options.missing == "absent":
+                self._known[taken.column] = batch.rows({}).columns[taken.column][:0]
+
+
+def _checked(ids: Any) -> Any:
+    if ids is None:
+        raise BatchError("ids are missing: every example needs one, text or an integer; or ids='content' to hash its tokens")
+    if isinstance(ids, str):
+        if ids != "content":
+            raise BatchError(f"ids must be one per example, or 'content'; got {ids!r}")
+        return ids
+    found = keys.normalise(ids)
+    keys.check_unique(found)
+    if not found:
+        raise BatchError("a batch needs at least one example; got no ids")
+    return found

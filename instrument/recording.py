@@ -1,0 +1,217 @@
+"""record: a whole data set in one call."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from tensortape.stores import Run, layout, open_run
+from tensortape.stores.places.local import Durability
+from tensortape.stores.writer import Mode
+
+from .errors import BatchError
+from .modules import unwrapped
+from .recorder import Recorder
+from .sites import Selection
+from .texts import Example, Overflow, batches, pad_id, padded, tokenized
+
+BATCH_TOKENS = 4096
+
+
+def record(
+    model: nn.Module,
+    data: str | Sequence[str] | Iterable[Mapping[str, Any]],
+    *,
+    to: str | os.PathLike[str],
+    sites: Selection,
+    tokenizer: Any = None,
+    ids: Any = None,
+    labels: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    overflow: Overflow = "error",
+    batch_tokens: int = BATCH_TOKENS,
+    keep_text: bool = True,
+    mode: Mode = "create",
+    durability: Durability = "fsync",
+    memory_budget: int = layout.DEFAULT_BUDGET,
+    recompile: bool = False,
+    progress: bool | None = None,
+) -> Run:
+    """Run a model over texts, or over a loader's batches, and record chosen sites.
+
+    The model runs in eval mode without gradients, on the device it is on and in its own dtype; its modes are restored afterwards.
+
+    Args:
+        model: any torch module.
+        data: texts (with `tokenizer`), or an iterable of dicts of the model's arguments, such as a DataLoader.
+        to: the run's folder.
+        sites: what to record; see `Recorder`.
+        tokenizer: of transformers; its files are kept in the run, so that tokens can be shown without it.
+        ids: for texts one per text (default: their numbers); for a loader the key of its dicts that holds them. "content" hashes
+            the tokens instead.
+        labels: `example/<name>` or `token/<name>` to values. For texts: one entry per text, or a function of (text, character
+            offsets [T, 2]) that gives an example's labels. For a loader: the key of its dicts.
+        max_length: most tokens per example; by default what the tokenizer says the model can take.
+        overflow: what to do with a longer text: refuse it, cut it, or make an example of every `max_length` tokens, with ids
+            `<id>:<first token>` and the text's id in `example/document`.
+        batch_tokens: most positions per batch of texts, pads included.
+        keep_text: also store each example's text and each token's character span in it.
+        mode, durability, memory_budget, recompile: as for `Recorder`.
+        progress: show a progress bar; by default on a terminal.
+
+    A key named in `ids` or `labels` is withheld from the model unless its forward takes an argument of that name.
+
+    Returns:
+        The run, open for reading.
+    """
+    inner = unwrapped(model)
+    with Recorder(
+        model, sites=sites, to=to, mode=mode, durability=durability, memory_budget=memory_budget, recompile=recompile
+    ) as recorder, _inference(inner):
+        if tokenizer is not None or isinstance(data, str) or _is_text(data):
+            examples = _examples(data, tokenizer, ids, labels or {}, max_length, overflow)
+            _keep_tokenizer(recorder, tokenizer)
+            _record_texts(
+                recorder, model, examples, pad_id(tokenizer), batch_tokens, ids, keep_text=keep_text, progress=progress
+            )
+        else:
+            _record_loader(recorder, model, data, ids, labels or {}, progress=progress)
+    return open_run(Path(to))
+
+
+def _examples(
+    data: Any, tokenizer: Any, ids: Any, labels: Mapping[str, Any], max_length: int | None, overflow: Overflow
+) -> Iterator[Example]:
+    texts = [data] if isinstance(data, str) else list(data)
+    if not texts:
+        raise BatchError("there is nothing to record: no texts were given")
+    if tokenizer is None:
+        raise BatchError("texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
+    if not all(isinstance(text, str) for text in texts):
+        raise BatchError("with a tokenizer, data must be texts; leave the tokenizer out to record a loader of dicts")
+    if overflow not in ("error", "truncate", "window"):
+        raise ValueError(f"overflow is 'error', 'truncate' or 'window', not {overflow!r}")
+    known = list(range(len(texts))) if ids is None or isinstance(ids, str) else list(ids)
+    if len(known) != len(texts):
+        raise BatchError(f"{len(known)} ids were given for {len(texts)} texts")
+    limit = max_length or _limit(tokenizer)
+    return tokenized(texts, tokenizer, ids=known, labels=labels, max_length=limit, overflow=overflow)
+
+
+def _limit(tokenizer: Any) -> int | None:
+    """The tokenizer's own limit; transformers writes an astronomical number where there is none."""
+    return tokenizer.model_max_length if tokenizer.model_max_length < 1 << 30 else None
+
+
+def _record_texts(
+    recorder: Recorder,
+    model: nn.Module,
+    examples: Iterator[Example],
+    pad: int,
+    batch_tokens: int,
+    ids: Any,
+    *,
+    keep_text: bool,
+    progress: bool | None,
+) -> None:
+    device = _device(model)
+    with _bar(progress, "token") as bar:
+        for group in batches(examples, batch_tokens):
+            given: Any = "content" if ids == "content" else [example.id for example in group]
+            with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
+                if batch.recorded:
+                    model(**padded(group, pad, device))
+            bar.update(sum(len(example.tokens) for example in group))
+
+
+def _labels(group: list[Example], *, keep_text: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {name: [example.labels[name] for example in group] for name in group[0].labels}
+    if keep_text:
+        found["example/text"] = [example.text for example in group]
+        if all(example.offsets is not None for example in group):
+            offsets = [torch.tensor(example.offsets, dtype=torch.int32).reshape(-1, 2) for example in group]
+            found["token/char.start"], found["token/char.end"] = [o[:, 0] for o in offsets], [o[:, 1] for o in offsets]
+    return found
+
+
+def _record_loader(
+    recorder: Recorder, model: nn.Module, data: Any, ids: Any, labels: Mapping[str, str], *, progress: bool | None
+) -> None:
+    if not isinstance(ids, str):
+        raise BatchError("ids are missing: name the key of the loader's dicts that holds them (ids='id'), or pass ids='content'")
+    device, taken = _device(model), _parameters(model)
+    recorded = 0
+    with _bar(progress, "batch", total=len(data) if hasattr(data, "__len__") else None) as bar:
+        for entries in data:
+            named = {name: _entry(entries, key) for name, key in labels.items()}
+            withheld = {ids, *labels.values()} - taken
+            inputs = {key: _moved(value, device) for key, value in entries.items() if key not in withheld}
+            with recorder.batch(ids=ids if ids == "content" else _entry(entries, ids), labels=named) as batch:
+                if batch.recorded:
+                    model(**inputs)
+            recorded += 1
+            bar.update()
+    if not recorded:
+        raise BatchError("there is nothing to record: the loader gave no batch")
+
+
+def _entry(entries: Any, key: str) -> Any:
+    if not isinstance(entries, Mapping):
+        raise BatchError(f"a loader must give dicts of the model's arguments; got {type(entries).__name__}")
+    if key not in entries:
+        raise BatchError(f"the loader's dicts have no key {key!r}; they have {', '.join(map(str, entries))}")
+    return entries[key]
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(unwrapped(model).forward).parameters)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where batches go: the device of the input embedding (with layers on several devices, the first)."""
+    embedding = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
+    source = embedding if isinstance(embedding, nn.Module) else model
+    return next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _is_text(data: Any) -> bool:
+    return isinstance(data, (list, tuple)) and (not data or isinstance(data[0], str))
+
+
+def _keep_tokenizer(recorder: Recorder, tokenizer: Any) -> None:
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                recorder.writer.add_asset(f"tokenizer.{path.name}", path.read_bytes())
+
+
+def _bar(progress: bool | None, unit: str, total: int | None = None) -> Any:
+    """A progress bar; None lets tqdm show it on a terminal only."""
+    return tqdm(total=total, unit=unit, unit_scale=unit == "token", disable=None if progress is None else not progress)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
