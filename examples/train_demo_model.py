@@ -14,6 +14,7 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,16 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -71,10 +76,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its tokenizer and its card")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the windows")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=32, help="windows per step")
+    parser.add_argument("--steps", type=int, default=1400, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--context", type=int, default=256, help="tokens per window")
-    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=0.02, help="highest learning rate of the layers' matrices")
+    parser.add_argument("--other-rate", type=float, default=0.008, help="the same of embedding and norms")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args(arguments)
 
@@ -88,12 +94,18 @@ def main() -> None:
     tokenizer = train_tokenizer(train_files)
     stream = to_stream(tokenizer, train_files)
     print(f"{len(train_files)} + {len(held_out_files)} files, {len(stream)} training tokens", flush=True)
-    model = train_model(stream, new_model(tokenizer), options)
+    model = new_model(tokenizer)
+    train_model(stream, model, options)
     save(model, tokenizer, options.out)
-    seconds = time.monotonic() - began
-    scores = evaluate_saved(options.out, held_out_files, options.context)
-    counts = {"train_files": len(train_files), "train_tokens": len(stream), "held_out_files": len(held_out_files)}
-    write_card(options, counts, scores, seconds)
+    facts: dict[str, object] = {
+        "train_files": len(train_files),
+        "train_tokens": len(stream),
+        "held_out_files": len(held_out_files),
+        "scores": evaluate_saved(options.out, held_out_files, options.context),
+        "long_scores": evaluate_saved(options.out, held_out_files, MAX_POSITIONS),
+        "minutes": (time.monotonic() - began) / 60,
+    }
+    write_card(options, facts)
     check_size(options.out)
 
 
@@ -139,7 +151,7 @@ def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator((file.text for file in files), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token=END_TOKEN,
         eos_token=END_TOKEN,
@@ -149,7 +161,7 @@ def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
     )
 
 
-def to_stream(tokenizer: PreTrainedTokenizerFast, files: list[SourceFile]) -> Tensor:
+def to_stream(tokenizer: PreTrainedTokenizerBase, files: list[SourceFile]) -> Tensor:
     """Tokenize `files` into one row of int64 token ids; each file begins with the end token."""
     rows = tokenizer([file.text for file in files], verbose=False)["input_ids"]
     return torch.tensor([token for row in rows for token in (tokenizer.bos_token_id, *row)])
@@ -169,6 +181,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         intermediate_size=384,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
+        initializer_range=0.06,  # the usual 0.02 suits much wider layers
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -176,37 +189,42 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_model(stream: Tensor, model: LlamaForCausalLM, options: argparse.Namespace) -> LlamaForCausalLM:
-    """Train `model` on random windows of `stream` for `options.steps` steps."""
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=options.rate, betas=(0.9, 0.98), fused=True)
+def train_model(stream: Tensor, model: Module, options: argparse.Namespace) -> None:
+    """Train the weights of `model` on random windows of `stream` for `options.steps` steps."""
+    optimizers = new_optimizers(model, options)
+    schedules = [LambdaLR(optimizer, partial(rate_factor, steps=options.steps)) for optimizer in optimizers]
     batches = endless_batches(stream, options)
     began = time.monotonic()
     model.train()
     for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * rate_factor(step, options.steps)
-        loss = train_step(model, optimizer, next(batches))
+        loss = train_step(model, [*optimizers, *schedules], next(batches))
         if step % 25 == 0 or step == options.steps - 1:
             print(f"step {step} loss {loss:.4f} after {time.monotonic() - began:.0f} s", flush=True)
-    return model.eval()
 
 
-def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, windows: Tensor) -> float:
+def new_optimizers(model: Module, options: argparse.Namespace) -> list[Optimizer]:
+    """Use Muon for the matrices of the layers, and AdamW for the embedding and the scales of the norms.
+
+    In a run of few minutes Muon reaches a clearly lower loss on these matrices than AdamW.
+    """
+    matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim > 1]
+    others = [weight for name, weight in model.named_parameters() if ".layers." not in name or weight.ndim == 1]
+    return [
+        Muon(matrices, lr=options.rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        AdamW(others, lr=options.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def train_step(model: Module, steppers: Sequence[Optimizer | LambdaLR], windows: Tensor) -> float:
     """Take one step on `windows`, int64 (batch, context + 1); return the mean loss in nats per token."""
+    model.zero_grad(set_to_none=True)
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
-
-
-def parameter_groups(model: LlamaForCausalLM) -> list[dict[str, object]]:
-    """Decay the matrices, but not the scales of the norms."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    scales = [weight for weight in model.parameters() if weight.ndim <= 1]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
+    for stepper in steppers:
+        stepper.step()
+    return float(loss)
 
 
 def rate_factor(step: int, steps: int, warm_up: int = 50, lowest: float = 0.02) -> float:
@@ -224,7 +242,8 @@ def endless_batches(stream: Tensor, options: argparse.Namespace) -> Iterator[Ten
         shift = int(generator.integers(options.context))
         windows = stream[shift:].unfold(0, options.context + 1, options.context)
         order = torch.from_numpy(generator.permutation(len(windows)))
-        yield from (windows[part] for part in order.split(options.batch) if len(part) == options.batch)
+        full = len(order) // options.batch * options.batch
+        yield from (windows[part] for part in order[:full].view(-1, options.batch))
 
 
 # ---- output
@@ -232,7 +251,7 @@ def endless_batches(stream: Tensor, options: argparse.Namespace) -> Iterator[Ten
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Store float16 weights under a float32 config, so that plain loading gives a float32 model."""
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text())
@@ -242,7 +261,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def evaluate_saved(folder: Path, files: list[SourceFile], context: int) -> Scores:
     """Score the model stored in `folder` on every token of `files`, the first token of a file included."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     scored = [score_file(model, to_stream(tokenizer, [file]), context) for file in files]
     loss, right, count = torch.cat(scored).double().sum(0).tolist()
@@ -250,7 +269,7 @@ def evaluate_saved(folder: Path, files: list[SourceFile], context: int) -> Score
 
 
 @torch.inference_mode()
-def score_file(model: LlamaForCausalLM, tokens: Tensor, context: int) -> Tensor:
+def score_file(model: Module, tokens: Tensor, context: int) -> Tensor:
     """Return float32 rows (summed loss, right tokens, scored tokens), one per window of `context` tokens.
 
     A window begins half a context behind its predecessor and is scored only on the tokens that are new in it.
@@ -269,8 +288,96 @@ def evaluation_windows(tokens: Tensor, context: int) -> Iterator[tuple[Tensor, T
         yield part[:-1], targets
 
 
-def score_window(model: LlamaForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
+def score_window(model: Module, inputs: Tensor, targets: Tensor) -> Tensor:
     logits = model(input_ids=inputs[None], use_cache=False).logits[0]
     loss = cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
     right = (logits.argmax(-1) == targets).sum()
     return torch.stack([loss, right, (targets != IGNORED_TARGET).sum()])
+
+
+def write_card(options: argparse.Namespace, facts: dict[str, object]) -> None:
+    """Write the model card, README.md, with the measured numbers."""
+    config = LlamaConfig.from_pretrained(options.out)
+    libraries = (torch, transformers, tokenizers)
+    card = CARD.format(
+        **vars(options),
+        **facts,
+        config=config,
+        parameters=LlamaForCausalLM(config).num_parameters(),
+        seen_tokens=options.steps * options.batch * options.context,
+        python=platform.python_version(),
+        versions=", ".join(f"{library.__name__} {library.__version__}" for library in libraries),
+        end_token=END_TOKEN,
+        smallest=MIN_FILE_BYTES,
+    )
+    (options.out / "README.md").write_text(card)
+    print(card[card.index("## Quality") :], flush=True)
+
+
+def check_size(folder: Path) -> None:
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{total} bytes in all", flush=True)
+    if total > SIZE_LIMIT:
+        raise SystemExit(f"The folder may hold {SIZE_LIMIT} bytes.")
+
+
+CARD = """\
+# Demo model: a small language model of Python source code
+
+A causal language model with {parameters:,} parameters, trained on the sources of the Python standard library. It is
+small enough to travel inside a package and to run at once on any CPU. It exists to have real activations to record and
+analyse without a download. It was made by `examples/train_demo_model.py`, which also wrote this card.
+
+## Data
+
+The `.py` files of the standard library of Python {python}: ASCII only and at least {smallest} bytes, without tests,
+`site-packages`, `encodings`, `idlelib`, `lib2to3`, `turtledemo`, `ensurepip` and the files that hold build paths.
+They are under the Python Software Foundation License, Version 2.
+
+The split is by file, one in twenty held out by a hash of its path: {train_files} files ({train_tokens:,} tokens) for
+training, {held_out_files} files ({scores.tokens:,} tokens) held out. The tokenizer saw the training files only.
+
+## Model
+
+- Llama architecture: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads}
+  attention heads with {config.num_key_value_heads} key-value heads, feed-forward width {config.intermediate_size},
+  rotary positions, tied embeddings.
+- Byte-level BPE tokenizer with {config.vocab_size} entries. The one special token `{end_token}` stands before every
+  file; the tokenizer does not add it. A token never mixes words, quotes, comment signs and other punctuation, and
+  offsets leave out leading spaces.
+- Weights are stored in float16; the config says float32, so `from_pretrained` gives a float32 model.
+
+## Training
+
+    python examples/train_demo_model.py --out app/model --seed {seed} --steps {steps} --batch {batch} \\
+        --context {context} --rate {rate} --other-rate {other_rate} --threads {threads}
+
+Seed {seed}; {steps} steps of {batch} windows of {context} tokens, {seen_tokens:,} tokens in all. Muon for the matrices
+of the layers and AdamW for the rest, linear warm-up and cosine decay. It took {minutes:.1f} minutes on {threads} CPU
+threads, evaluation included, with {versions}.
+
+## Quality
+
+Measured with the stored weights on all tokens of the held-out files, in windows of {context} tokens that overlap by
+half:
+
+| Measure | Held out |
+|---|---|
+| Mean loss (nats per token) | {scores.loss:.4f} |
+| Perplexity | {scores.perplexity:.2f} |
+| Next-token accuracy | {scores.accuracy:.2%} |
+
+## Limits
+
+- A demo model: it shows real structure of Python code, but is not meant for generation, completion or any other use
+  of its output.
+- It was trained on windows of {context} tokens. The config allows {config.max_position_embeddings} positions; in
+  windows of that size the held-out loss is {long_scores.loss:.4f} and the accuracy {long_scores.accuracy:.2%}.
+- It knows ASCII standard-library style Python and hardly any other text; other characters fall apart into bytes.
+- Held-out files share authors, style and sometimes passages with the training files, so the numbers say little about
+  other code.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ class Pins:
         return next((alias.stack for alias in self.aliases.get(site, []) if alias.layer is not None), None)
 
     def promote(self, captures: dict[SiteName, Capture], streams: dict[str, Stream]) -> None:
-        """Where the call showed no tokens (images, features), make the first stack's stream, or else the first one, the main one."""
+        """Where the call showed no tokens (images, features), make the first stack's stream, or else the first, the main one."""
         opened = [(site, taken.layout.stream) for site, taken in captures.items() if taken.layout.stream]
         if MAIN in streams or not opened:
             return

@@ -39,6 +39,7 @@ def record(
     max_length: int | None = None,
     overflow: Overflow = "error",
     batch_tokens: int = BATCH_TOKENS,
+    batch_size: int | None = None,
     keep_text: bool = True,
     mode: Mode = "create",
     durability: Durability = "fsync",
@@ -63,7 +64,7 @@ def record(
         max_length: most tokens per example; by default what the tokenizer says the model can take.
         overflow: what to do with a longer text: refuse it, cut it, or make an example of every `max_length` tokens, with ids
             `<id>:<first token>` and the text's id in `example/document`.
-        batch_tokens: most positions per batch of texts, pads included.
+        batch_tokens, batch_size: most positions, pads included, and most examples per batch of texts.
         keep_text: also store each example's text and each token's character span in it.
         mode, durability, memory_budget, recompile: as for `Recorder`.
         progress: show a progress bar; by default on a terminal.
@@ -73,16 +74,16 @@ def record(
     Returns:
         The run, open for reading.
     """
-    inner = unwrapped(model)
-    with Recorder(
+    is_text = tokenizer is not None or _is_text(data)
+    examples = _examples(data, tokenizer, ids, labels or {}, max_length, overflow) if is_text else iter(())
+    recorder = Recorder(
         model, sites=sites, to=to, mode=mode, durability=durability, memory_budget=memory_budget, recompile=recompile
-    ) as recorder, _inference(inner):
-        if tokenizer is not None or isinstance(data, str) or _is_text(data):
-            examples = _examples(data, tokenizer, ids, labels or {}, max_length, overflow)
+    )
+    with recorder, _inference(unwrapped(model)):
+        if is_text:
+            groups = batches(examples, batch_tokens, batch_size)
             _keep_tokenizer(recorder, tokenizer)
-            _record_texts(
-                recorder, model, examples, pad_id(tokenizer), batch_tokens, ids, keep_text=keep_text, progress=progress
-            )
+            _record_texts(recorder, model, groups, pad_id(tokenizer), ids, keep_text=keep_text, progress=progress)
         else:
             _record_loader(recorder, model, data, ids, labels or {}, progress=progress)
     return open_run(Path(to))
@@ -115,9 +116,8 @@ def _limit(tokenizer: Any) -> int | None:
 def _record_texts(
     recorder: Recorder,
     model: nn.Module,
-    examples: Iterator[Example],
+    groups: Iterator[list[Example]],
     pad: int,
-    batch_tokens: int,
     ids: Any,
     *,
     keep_text: bool,
@@ -125,7 +125,7 @@ def _record_texts(
 ) -> None:
     device = _device(model)
     with _bar(progress, "token") as bar:
-        for group in batches(examples, batch_tokens):
+        for group in groups:
             given: Any = "content" if ids == "content" else [example.id for example in group]
             with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
                 if batch.recorded:
@@ -188,7 +188,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _is_text(data: Any) -> bool:
-    return isinstance(data, (list, tuple)) and (not data or isinstance(data[0], str))
+    return isinstance(data, str) or (isinstance(data, (list, tuple)) and (not data or isinstance(data[0], str)))
 
 
 def _keep_tokenizer(recorder: Recorder, tokenizer: Any) -> None:

@@ -46,13 +46,13 @@ def tokenized(
         yield from _fitted(Example(id_, text, example.tokens, example.offsets, given), max_length, overflow)
 
 
-def batches(examples: Iterator[Example], tokens: int) -> Iterator[list[Example]]:
-    """Examples in groups whose padded grid, longest length times count, holds at most so many tokens."""
+def batches(examples: Iterator[Example], tokens: int, most: int | None) -> Iterator[list[Example]]:
+    """Examples in groups of at most `most`, whose padded grid, longest length times count, holds at most so many tokens."""
     group: list[Example] = []
     width = 0
     for example in examples:
         width = max(width, len(example.tokens))
-        if group and width * (len(group) + 1) > tokens:
+        if group and (width * (len(group) + 1) > tokens or len(group) == most):
             yield group
             group, width = [], len(example.tokens)
         group.append(example)

@@ -45,11 +45,16 @@ def cells(name: str, values: Any, examples: int, lengths: Lengths) -> Cells:
     table, _ = names.split(name)
     if not names.is_ragged(table):
         return _one_block(name, values, examples)
-    if table in lengths:
+    if table in lengths and not _is_per_example(values):
         given = np.asarray(lengths[table], np.int64)
         packed = _one_block(name, values, int(given.sum()))
         return Cells(packed.dtype, packed.shape, packed.blocks, given)
     return _per_example(name, values, examples)
+
+
+def _is_per_example(values: Any) -> bool:
+    """Whether values are a list of arrays (or lists), rather than the rows of all examples in one."""
+    return isinstance(values, (list, tuple)) and all(hasattr(value, "__len__") and not isinstance(value, str) for value in values)
 
 
 def _one_block(name: str, values: Any, rows: int) -> Cells:

@@ -18,21 +18,30 @@ from .shard_cache import ShardCache
 ROOT = "zarr.json"
 
 
-def start(place: LocalPlace, mode: str, about: dict[str, Json]) -> RunDocument:
-    """The run document for a writer in this mode; a new run where the mode asks for one."""
+def document_for(place: LocalPlace, mode: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
+    """The run document for a writer in this mode, and whether the run is there already. Nothing is written yet."""
     if mode not in ("create", "resume", "overwrite"):
         raise ValueError(f"mode is 'create', 'resume' or 'overwrite', not {mode!r}")
     there = place.root.exists() and (not place.root.is_dir() or any(place.root.iterdir()))
     if there and mode == "create":
-        raise RunExistsError(
-            f"{place.root} exists; give another path, mode='resume' to continue it, or mode='overwrite' to start anew (the old "
-            "one is renamed aside)"
-        )
+        raise _exists(place)
     if there and mode == "resume":
-        return _continued(place, about)
+        return _continued(place, about), True
     if there:
+        read_document(place, place.root)  # only runs are renamed aside
+    return RunDocument(uid=uuid.uuid4().hex, **about), False
+
+
+def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
+    """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside."""
+    if mode == "overwrite" and place.root.exists() and any(place.root.iterdir()):
         _rename_aside(place)
-    return _new(place, about)
+    try:
+        place.create(ROOT, [zarr_documents.group(document.to_attributes())])
+    except FileExistsError:
+        raise _exists(place) from None
+    place.replace(f"parts/{ROOT}", [zarr_documents.group()])
+    place.settle()
 
 
 def read_document(place: Place, where: str | Path) -> RunDocument:
@@ -57,12 +66,11 @@ def committed_keys(place: Place, run: str) -> tuple[KeySet, str | None]:
     return found, kind
 
 
-def _new(place: LocalPlace, about: dict[str, Json]) -> RunDocument:
-    document = RunDocument(uid=uuid.uuid4().hex, **about)
-    place.create(ROOT, [zarr_documents.group(document.to_attributes())])
-    place.replace(f"parts/{ROOT}", [zarr_documents.group()])
-    place.settle()
-    return document
+def _exists(place: LocalPlace) -> RunExistsError:
+    return RunExistsError(
+        f"{place.root} exists; give another path, mode='resume' to continue it, or mode='overwrite' to start anew (the old one is "
+        "renamed aside)"
+    )
 
 
 def _continued(place: LocalPlace, about: dict[str, Json]) -> RunDocument:

@@ -18,6 +18,7 @@ import numpy as np
 from . import keys, layout, names, runs
 from .dtypes import TEXT, Array
 from .errors import BrokenWriterError, BudgetError, KeyRepeatedError, SchemaError
+from .keys import KeySet
 from .parts import Description, PartWriter, start_columns
 from .places.local import Durability, LocalPlace
 from .ragged import Cells, Lengths, cells
@@ -35,13 +36,14 @@ class RunWriter:
     Args:
         path: the run's folder, by custom `NAME.zarr`.
         mode: `create` refuses a path that exists; `resume` continues the run (or starts it, if there is none) and skips nothing by
-            itself: ask `committed_ids`; `overwrite` renames an existing run aside and starts a new one.
+            itself: ask `committed_ids`; `overwrite` renames an existing run aside and starts a new one. Nothing is written, or
+            renamed, before the first append.
         durability: `fsync` (a commit survives a power loss) or `rename` (it survives the end of the process).
         memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
         about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
 
     Raises:
-        RunExistsError, NotARunError, SchemaError (resuming with another fingerprint).
+        RunExistsError, NotARunError, SchemaError (resuming what was recorded from something else).
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class RunWriter:
         self.path = Path(path)
         self._budget = memory_budget
         self._place = LocalPlace(self.path, durability)
-        self._run = runs.start(self._place, mode, dict(about or {}))
+        self._mode = mode
+        self._run, self._started = runs.document_for(self._place, mode, dict(about or {}))
+        self._assets: dict[str, bytes] = {}
         self._session = uuid.uuid4().hex
         self._descriptions: dict[str, Description] = {}
         self._nonfinite: dict[str, int] = {}
@@ -65,7 +69,10 @@ class RunWriter:
         self._broken: BaseException | None = None
         self._closed = False
         self._pid = os.getpid()
-        self.committed_ids, self._id_kind = runs.committed_keys(self._place, self._run.uid)
+        self.committed_ids = KeySet()
+        self._id_kind: str | None = None
+        if self._started:
+            self.committed_ids, self._id_kind = runs.committed_keys(self._place, self._run.uid)
         self._part = self._new_part()
         atexit.register(_close_at_exit, weakref.ref(self))
 
@@ -82,9 +89,9 @@ class RunWriter:
         self._descriptions[column] = Description(axes, site, attributes or {})
 
     def add_asset(self, name: str, content: bytes) -> None:
-        """Keep a file beside the tables (a tokenizer's, say); one that is there already stays."""
-        if names.to_disk(name) not in self._place.names("assets"):
-            self._place.create(f"assets/{names.to_disk(name)}", [content])
+        """Keep a file beside the tables (a tokenizer's, say); one that is there already stays. Written with the first append."""
+        self._check_usable()
+        self._assets[names.to_disk(name)] = content
 
     def append(
         self,
@@ -118,6 +125,7 @@ class RunWriter:
         digests = self._check_ids(ids, phase, step)
         given = self._cells(ids, columns, lengths or {}, phase, step)
         with _Breaks(self):
+            self._start()
             self._part.append(given, self._descriptions, copy=copy)
         self._pending.update(digests)
         for name, count in (nonfinite or {}).items():
@@ -148,6 +156,17 @@ class RunWriter:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken is not None else "open"
         return f"<RunWriter {self.path} {state}: {len(self.committed_ids)} examples committed, {len(self._pending)} pending>"
+
+    def _start(self) -> None:
+        """What has to be on disk before the first part: the run, unless it is there, and files beside its tables."""
+        if not self._started:
+            runs.start(self._place, self._mode, self._run)
+            self._started = True
+        there = self._place.names("assets") if self._assets else []
+        for name, content in self._assets.items():
+            if name not in there:
+                self._place.create(f"assets/{name}", [content])
+        self._assets = {}
 
     def _new_part(self) -> PartWriter:
         document = PartDocument(run=self._run.uid, session=self._session, writer=f"tensortape {version('tensortape')}")

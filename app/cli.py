@@ -1,0 +1,151 @@
+"""The command line: one thin function per command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Record a Transformer once, analyse it for as long as you like.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+RunPath = Annotated[Path, typer.Argument(help="A recorded run.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def record(
+    model: Annotated[str, typer.Option(help="Model name or folder, or 'demo' for the embedded one.")],
+    to: Annotated[Path, typer.Option(help="The run to write.")],
+    sites: Annotated[list[str], typer.Option(help="What to record; may be given several times.")] = ["resid_post"],  # noqa: B006
+    text: Annotated[list[Path] | None, typer.Option(help="Text files or folders of them.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A Hugging Face data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    text_column: Annotated[str, typer.Option(help="Column of the data set, or field of .jsonl lines.")] = "text",
+    lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is an example.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="Load the model in this dtype.")] = "auto",
+    device: Annotated[str, typer.Option(help="Run the model on this device.")] = "cpu",
+    batch_size: Annotated[int | None, typer.Option(help="Most examples per batch.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Most positions per batch.")] = 4096,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens per example.")] = None,
+    overflow: Annotated[str, typer.Option(help="For longer texts: error, truncate or window.")] = "window",
+    mode: Annotated[str, typer.Option(help="create, resume or overwrite.")] = "create",
+    as_json: AsJson = False,
+) -> None:
+    """Record a model over texts."""
+    from tensortape.instrument import record as record_run
+
+    from . import models, show, sources
+
+    if (text is None) == (dataset is None):
+        raise typer.BadParameter("give texts either as --text or as --dataset")
+    found = (
+        sources.from_files(text, lines=lines, text_column=text_column)
+        if text
+        else sources.from_dataset(dataset or "", split, text_column)
+    )
+    loaded, tokenizer = models.load(model, revision=revision, dtype=dtype, device=device)
+    run = record_run(
+        loaded,
+        [content for _, content in found],
+        tokenizer=tokenizer,
+        ids=[id_ for id_, _ in found],
+        to=to,
+        sites=sites,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        overflow=overflow,  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
+    )
+    _print(show.info(run), show.info_lines, as_json=as_json)
+
+
+@app.command()
+def info(run: RunPath, as_json: AsJson = False) -> None:
+    """Show what a run holds: tables, columns, dtypes, bytes, model, commits."""
+    from tensortape.stores import open_run
+
+    from . import show
+
+    _print(show.info(open_run(run)), show.info_lines, as_json=as_json)
+
+
+@app.command()
+def head(
+    run: RunPath,
+    examples: Annotated[int, typer.Option("--examples", "-n", help="How many examples.")] = 2,
+    tokens: Annotated[int, typer.Option(help="How many tokens of each.")] = 12,
+    sites: Annotated[list[str] | None, typer.Option(help="Which sites; all by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the first examples: decoded tokens with the norms of their rows."""
+    from tensortape.stores import open_run
+
+    from . import models, show
+
+    opened = open_run(run)
+    found = show.head(opened, examples=examples, tokens=tokens, sites=sites, tokenizer=models.recorded_tokenizer(opened))
+    _print(found, show.head_lines, as_json=as_json)
+
+
+@app.command()
+def verify(run: RunPath, as_json: AsJson = False) -> None:
+    """Read everything a run holds and compare it with what was committed; exit code 1 if anything is damaged."""
+    from dataclasses import asdict
+
+    from tensortape.stores.verify import verify_run
+
+    found = verify_run(run)
+    _print({**asdict(found), "ok": found.ok}, lambda _: [repr(found)[1:-1] if found.ok else repr(found)], as_json=as_json)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def demo(
+    to: Annotated[Path, typer.Option(help="Folder for the run, the table and the plot.")] = Path("demo"),
+    files: Annotated[int, typer.Option(help="How many files of the standard library.")] = 60,
+    seed: Annotated[int, typer.Option(help="Which files, and which are held out.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Record the embedded model over the Python standard library and probe every layer."""
+    from . import demo as demonstration
+
+    found = demonstration.run_demo(to, files=files, seed=seed, say=(lambda line: None) if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+def main() -> None:
+    """Entry point: one clear line and exit code 2 for bad input."""
+    from tensortape.analyses.errors import AnalysisError
+    from tensortape.stores import StoreError
+
+    try:
+        app()
+    except (StoreError, AnalysisError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if _is_ours_or_input(error):
+            typer.echo(f"tensortape: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        raise
+
+
+def _is_ours_or_input(error: Exception) -> bool:
+    """Our own errors and those of files and names given; anything else is a defect and keeps its traceback."""
+    return type(error).__module__.startswith("tensortape") or isinstance(error, (OSError, ValueError, ImportError))
+
+
+def _print(found: Any, lines: Any, *, as_json: bool) -> None:
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The demo: the embedded model over the standard library of the machine it runs on."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensortape.analyses import ProbeReport, fit_probes
+from tensortape.analyses.figures import probe_figure
+from tensortape.instrument import record
+from tensortape.stores import Run
+
+from . import models, show
+from .python_labels import label_tokens, lexical_spans, role_spans
+
+_SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "encodings",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+}
+SITES = ["embed", "resid_post"]
+WINDOW = 256
+LABELS = {"token/lexical": "lexical class", "token/role": "identifier role"}
+
+
+def run_demo(to: Path, *, files: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Record, verify, show, probe; writes `run.zarr`, `probes.csv` and `probes.png` into the folder and returns the figures."""
+    began = time.monotonic()
+    to.mkdir(parents=True, exist_ok=True)
+    run = _record(to / "run.zarr", source_files(files, seed), say)
+    say("\n".join(show.info_lines(show.info(run))))
+    checked = run.verify()
+    say(f"verified: {checked!r}")
+    say("\n".join(show.head_lines(show.head(run, examples=1, tokens=10, sites=None, tokenizer=models.recorded_tokenizer(run)))))
+    reports = [fit_probes(run, labels=name, sites=SITES, seed=seed) for name in LABELS]
+    _write(reports, to)
+    for report in reports:
+        say("\n".join(_table(report)))
+    say(f"run, probes.csv and probes.png are in {to} ({time.monotonic() - began:.0f} s)")
+    return {
+        "verified": checked.ok,
+        "examples": len(run),
+        "probes": {report.labels: _json(report) for report in reports},
+    }
+
+
+def source_files(count: int, seed: int) -> list[Path]:
+    """Files of the standard library, drawn by the hash of their names so that the draw is the same on every machine."""
+    library = Path(sysconfig.get_path("stdlib"))
+    found = [path for path in library.rglob("*.py") if not _SKIPPED & set(path.relative_to(library).parts[:-1])]
+    drawn = sorted(found, key=lambda path: hashlib.sha256(f"{seed} {path.relative_to(library).as_posix()}".encode()).digest())
+    return [path for path in drawn if 2_000 <= path.stat().st_size <= 40_000 and path.read_bytes().isascii()][:count]
+
+
+def _record(to: Path, paths: list[Path], say: Callable[[str], None]) -> Run:
+    library = Path(sysconfig.get_path("stdlib"))
+    model, tokenizer = models.load(models.DEMO)
+    say(f"recording {', '.join(SITES)} of the embedded model over {len(paths)} files of the standard library")
+    return record(
+        model,
+        [path.read_text(encoding="ascii") for path in paths],
+        tokenizer=tokenizer,
+        ids=[path.relative_to(library).as_posix() for path in paths],
+        labels={"token/lexical": _labels(lexical_spans), "token/role": _labels(role_spans)},
+        to=to,
+        sites=SITES,
+        max_length=WINDOW,
+        overflow="window",
+        mode="overwrite",
+    )
+
+
+def _labels(spans: Callable[[str], Any]) -> Callable[[str, Any], list[str]]:
+    return lambda text, offsets: label_tokens(spans(text), text, offsets)
+
+
+def _write(reports: list[ProbeReport], to: Path) -> None:
+    import pandas as pd
+
+    pd.concat([report.to_pandas().assign(labels=report.labels) for report in reports]).to_csv(to / "probes.csv", index=False)
+    probe_figure(reports).savefig(to / "probes.png", dpi=150)
+
+
+def _table(report: ProbeReport) -> list[str]:
+    counts = f"{report.train_rows} tokens to fit, {report.test_rows} of other files"
+    head = f"\n{LABELS[report.labels]}: {len(report.classes)} classes, {counts}"
+    lookup = f"{report.type_lookup:.3f}" if report.type_lookup is not None else "-"
+    lines = [f"  {score.site:<28} accuracy {score.accuracy:.3f}  macro F1 {score.macro_f1:.3f}" for score in report.scores]
+    return [
+        head,
+        *lines,
+        f"  {'majority class':<28} accuracy {report.majority:.3f}",
+        f"  {'type look-up':<28} accuracy {lookup}",
+    ]
+
+
+def _json(report: ProbeReport) -> dict[str, Any]:
+    return {
+        "majority": report.majority,
+        "type_lookup": report.type_lookup,
+        "accuracy": {score.site: score.accuracy for score in report.scores},
+    }

@@ -1,0 +1,125 @@
+"""What the command line prints of a run."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from tensortape.stores import Column, Run
+
+Json = dict[str, Any]
+
+
+def info(run: Run) -> Json:
+    """Tables, columns, model and commits of a run."""
+    nonfinite = _nonfinite(run)
+    return {
+        "path": str(run.path),
+        "uid": run.uid,
+        "examples": len(run),
+        "bytes": run.nbytes,
+        "model": {key: value for key, value in run.model.items() if key != "config"},
+        "provenance": run.provenance,
+        "parts": [_part(part) for part in run.parts],
+        "write_amplification": _amplification(run),
+        "tables": {
+            table.name: {
+                "rows": table.rows,
+                "columns": [_column(column, nonfinite.get(column.name, 0)) for column in table.values()],
+            }
+            for table in run.tables.values()
+        },
+        "assets": run.assets,
+    }
+
+
+def info_lines(found: Json) -> Iterable[str]:
+    """The same for people."""
+    model = found["model"]
+    yield f"{found['path']}: {found['examples']} examples, {megabytes(found['bytes'])}, uid {found['uid'][:8]}"
+    if model:
+        named = f" {model['name']}" if model.get("name") else ""
+        yield f"model: {model['class']}{named}, {model['parameters'] / 1e6:.1f} M parameters, {', '.join(model['dtype'])}"
+    for part in found["parts"]:
+        yield f"part {part['name']}: {part['kind']}, {part['examples']} examples, {part['commits']} commits, {part['state']}"
+    yield f"written {found['write_amplification']:.2f} bytes per byte kept"
+    for name, table in found["tables"].items():
+        yield f"table {name}: {table['rows']} rows"
+        for column in table["columns"]:
+            warning = f"  {column['nonfinite']} rows with NaN or infinity" if column["nonfinite"] else ""
+            shape = f"[{', '.join(map(str, column['shape']))}]"
+            yield f"  {column['name']:<44} {column['dtype']:<9} {shape:<16} {megabytes(column['bytes']):>10}{warning}"
+
+
+def head(run: Run, *, examples: int, tokens: int, sites: list[str] | None, tokenizer: Any) -> list[Json]:
+    """The first tokens of the first examples, with the norm of each site's row."""
+    columns = run.select(sites) if sites else run.sites
+    shown = [column for column in columns if column.name.startswith("token/") and len(column.shape) > 1]
+    return [_example(run, number, shown, tokens, tokenizer) for number in range(min(examples, len(run)))]
+
+
+def head_lines(found: list[Json], most: int = 8) -> Iterable[str]:
+    """The same for people, the first few sites side by side."""
+    for example in found:
+        sites = list(example["norms"])[:most]
+        yield f"example {printable(str(example['id']))}: {example['length']} tokens; L2 norms of {', '.join(sites)}"
+        for place, token in enumerate(example["tokens"]):
+            norms = "".join(f"{example['norms'][site][place]:>10.3f}" for site in sites)
+            yield f"  {place:>4} {printable(token):<20}{norms}"
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control characters and the like are shown as escapes."""
+    return "".join(char if unicodedata.category(char)[0] != "C" else ascii(char)[1:-1] for char in text)
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _part(part: Any) -> Json:
+    state = "closed" if part.closed else "open"
+    return {
+        "name": part.name,
+        "kind": part.document.kind,
+        "examples": part.examples,
+        "commits": part.commits,
+        "state": state,
+    }
+
+
+def _column(column: Column, nonfinite: int) -> Json:
+    dtype = "text" if column.dtype == object else column.dtype.name
+    short = column.name.partition("/")[2]
+    return {"name": short, "dtype": dtype, "shape": list(column.shape), "bytes": column.nbytes, "nonfinite": nonfinite}
+
+
+def _nonfinite(run: Run) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for part in run.parts:
+        for name, count in part.nonfinite.items():
+            found[name] = found.get(name, 0) + count
+    return found
+
+
+def _amplification(run: Run) -> float:
+    """Bytes written, rewritten tails and checksums included, per byte of values."""
+    return sum(part.written for part in run.parts) / max(run.nbytes, 1)
+
+
+def _example(run: Run, number: int, columns: list[Column], most: int, tokenizer: Any) -> Json:
+    norms = {column.name.partition("/")[2]: _norms(column[number][:most]) for column in columns if column.present[number]}
+    ids = run["token/input_ids"][number].tolist() if "input_ids" in run.tables.get("token", {}) else []
+    length = len(ids) or max((len(column[number]) for column in columns if column.present[number]), default=0)
+    shown = [tokenizer.decode([token]) for token in ids[:most]] if tokenizer is not None else [str(token) for token in ids[:most]]
+    names = shown or [""] * min(most, length)
+    return {"id": run.ids[number], "length": length, "tokens": names, "norms": norms}
+
+
+def _norms(rows: Any) -> list[float]:
+    found: list[float] = np.linalg.norm(rows.reshape(len(rows), -1).astype(np.float64), axis=1).tolist()
+    return found
