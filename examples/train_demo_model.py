@@ -76,7 +76,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its tokenizer and its card")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the windows")
-    parser.add_argument("--steps", type=int, default=1400, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1300, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--context", type=int, default=256, help="tokens per window")
     parser.add_argument("--rate", type=float, default=0.02, help="highest learning rate of the layers' matrices")
@@ -224,7 +224,7 @@ def train_step(model: Module, steppers: Sequence[Optimizer | LambdaLR], windows:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for stepper in steppers:
         stepper.step()
-    return float(loss)
+    return loss.item()
 
 
 def rate_factor(step: int, steps: int, warm_up: int = 50, lowest: float = 0.02) -> float:
@@ -257,6 +257,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     config = json.loads(config_path.read_text())
     config["dtype"] = "float32"
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner only, and a package keeps the mode
 
 
 def evaluate_saved(folder: Path, files: list[SourceFile], context: int) -> Scores:
@@ -325,8 +327,8 @@ CARD = """\
 # Demo model: a small language model of Python source code
 
 A causal language model with {parameters:,} parameters, trained on the sources of the Python standard library. It is
-small enough to travel inside a package and to run at once on any CPU. It exists to have real activations to record and
-analyse without a download. It was made by `examples/train_demo_model.py`, which also wrote this card.
+small enough to travel inside a package and to run at once on any CPU, so that there are real activations to record and
+analyse without a download. `examples/train_demo_model.py` made it and wrote this card.
 
 ## Data
 
@@ -334,17 +336,21 @@ The `.py` files of the standard library of Python {python}: ASCII only and at le
 `site-packages`, `encodings`, `idlelib`, `lib2to3`, `turtledemo`, `ensurepip` and the files that hold build paths.
 They are under the Python Software Foundation License, Version 2.
 
-The split is by file, one in twenty held out by a hash of its path: {train_files} files ({train_tokens:,} tokens) for
-training, {held_out_files} files ({scores.tokens:,} tokens) held out. The tokenizer saw the training files only.
+The split is by file, one in twenty held out by a hash of its path. The tokenizer saw the training files only.
+
+| Part | Files | Tokens |
+|---|---|---|
+| Training | {train_files} | {train_tokens:,} |
+| Held out | {held_out_files} | {scores.tokens:,} |
 
 ## Model
 
-- Llama architecture: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads}
-  attention heads with {config.num_key_value_heads} key-value heads, feed-forward width {config.intermediate_size},
-  rotary positions, tied embeddings.
-- Byte-level BPE tokenizer with {config.vocab_size} entries. The one special token `{end_token}` stands before every
-  file; the tokenizer does not add it. A token never mixes words, quotes, comment signs and other punctuation, and
-  offsets leave out leading spaces.
+- Llama architecture with rotary positions and tied embeddings: {config.num_hidden_layers} layers, hidden width
+  {config.hidden_size}, feed-forward width {config.intermediate_size}, {config.num_attention_heads} attention heads,
+  {config.num_key_value_heads} key-value heads.
+- Byte-level BPE tokenizer with {config.vocab_size} entries. The one special token `{end_token}` stood before every
+  file in training; the tokenizer does not add it by itself. A token never mixes words, quotes, comment signs and other
+  punctuation, and offsets leave out leading spaces.
 - Weights are stored in float16; the config says float32, so `from_pretrained` gives a float32 model.
 
 ## Training
@@ -353,8 +359,8 @@ training, {held_out_files} files ({scores.tokens:,} tokens) held out. The tokeni
         --context {context} --rate {rate} --other-rate {other_rate} --threads {threads}
 
 Seed {seed}; {steps} steps of {batch} windows of {context} tokens, {seen_tokens:,} tokens in all. Muon for the matrices
-of the layers and AdamW for the rest, linear warm-up and cosine decay. It took {minutes:.1f} minutes on {threads} CPU
-threads, evaluation included, with {versions}.
+of the layers and AdamW for the rest, linear warm-up and cosine decay. The whole command took {minutes:.1f} minutes on
+{threads} CPU threads that it shared with other work. Versions: {versions}.
 
 ## Quality
 
@@ -371,8 +377,8 @@ half:
 
 - A demo model: it shows real structure of Python code, but is not meant for generation, completion or any other use
   of its output.
-- It was trained on windows of {context} tokens. The config allows {config.max_position_embeddings} positions; in
-  windows of that size the held-out loss is {long_scores.loss:.4f} and the accuracy {long_scores.accuracy:.2%}.
+- It was trained on windows of {context} tokens. The config allows {config.max_position_embeddings}; with windows of that
+  size the held-out loss is {long_scores.loss:.4f} and the accuracy {long_scores.accuracy:.2%}.
 - It knows ASCII standard-library style Python and hardly any other text; other characters fall apart into bytes.
 - Held-out files share authors, style and sometimes passages with the training files, so the numbers say little about
   other code.

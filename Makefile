@@ -1,0 +1,52 @@
+# Every target sets itself up in .venv; a machine needs Python >= 3.11, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: demo test check bench dev wheel clean
+
+demo: $(VENV)/.demo wheel  ## record the embedded model over the standard library, probe it, draw a picture
+	$(BIN)/tensortape demo
+
+test: $(VENV)/.test wheel check  ## lint, types, and all tests against the built wheel
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tensortape
+	$(BIN)/mypy tests/typing
+
+bench: $(VENV)/.bench wheel  ## write and read speed beside raw files, zarr-python and TensorStore
+	$(BIN)/python benchmarks/bench_write.py
+	$(BIN)/python benchmarks/bench_read.py
+	$(BIN)/python benchmarks/bench_memory.py
+
+dev: $(VENV)/.test  ## an editable install, for working on the code
+	$(PIP) --no-deps --editable .
+
+wheel:
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PIP) --no-deps --force-reinstall dist/*.whl
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv $(SETUP)
+	$(PIP) ".[plots]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.venv $(SETUP)
+	$(PIP) ".[test,dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.venv $(SETUP)
+	$(PIP) ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo
