@@ -150,7 +150,7 @@ class Recorder:
         rows = self._new_only(batch.rows(self._known))
         if self._expected is None:
             self._learn(batch)
-        self.writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite, copy=False)
+        self.writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite)
         self._expected = self._expected or set(batch.captures)
 
     def _new_only(self, rows: Rows) -> Rows:

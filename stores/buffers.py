@@ -1,8 +1,15 @@
-"""Rows on their way to disk: one buffer per array, at most one shard large."""
+"""Rows on their way to disk: one buffer per array, one shard large.
+
+Buffers are allocated once and reused. Holding on to the arrays that were appended would save a copy, but long-lived small blocks
+between a model's short-lived large ones keep the allocator from giving memory back: the process then grows with the recording.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
 
 from . import dtypes
 from .dtypes import Array
@@ -11,13 +18,12 @@ from .shards import Geometry
 
 
 class RowBuffer:
-    """Collects blocks of rows until a shard is full. Rows are never copied into place: a shard is written from its blocks."""
+    """Collects rows until a shard is full. Rows that make a whole shard by themselves pass through without a copy."""
 
     def __init__(self, schema: ArraySchema) -> None:
         self.schema = schema
         self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype))
         self.rows = 0
-        self.blocks: list[Array] = []
 
     @property
     def shard(self) -> int:
@@ -34,20 +40,24 @@ class RowBuffer:
         """Bytes those rows take."""
         return self.held * self.geometry.chunk_row_bytes * self.geometry.pieces
 
-    def take(self, block: Array, *, copy: bool) -> Iterator[tuple[int, list[Array]]]:
-        """Add rows [n, *shape]; yields (number, blocks) of each shard that is now full, to be written before the next step.
-
-        Rows that stay in the buffer are copied where the caller may change them (`copy`), or where a small rest would keep a large
-        block alive.
-        """
+    def take(self, block: Array) -> Iterator[tuple[int, Array]]:
+        """Add rows [n, *shape]; yields (number, rows) of each shard that is now full, to be written before the next step."""
         start = 0
         while start < len(block):
-            step = min(self.geometry.shard_rows - self.held, len(block) - start)
-            piece, number = block[start : start + step], self.shard
-            full = self.held + step == self.geometry.shard_rows
-            self.blocks.append(piece.copy() if not full and (copy or step < len(block)) else piece)
+            held, number = self.held, self.shard
+            piece = block[start : start + self.geometry.shard_rows - held]
+            full = held + len(piece) == self.geometry.shard_rows
+            if not full or held:
+                self._storage[held : held + len(piece)] = piece
             if full:
-                yield number, self.blocks
-                self.blocks = []
-            self.rows += step
-            start += step
+                yield number, self._storage if held else piece
+            self.rows += len(piece)
+            start += len(piece)
+
+    def tail(self) -> Array:
+        """The rows of the shard that is being filled."""
+        return self._storage[: self.held]
+
+    @cached_property
+    def _storage(self) -> Array:
+        return np.empty((self.geometry.shard_rows, *self.schema.shape), self.geometry.dtype)

@@ -59,7 +59,6 @@ class PartWriter:
         self._number = 0
         self._previous = ""
         self.rows: dict[str, int] = {}
-        self._copy = False
         self.written = 0
         self.name = ""
 
@@ -68,12 +67,8 @@ class PartWriter:
         """Bytes in buffers: what the next commit has to write as tails."""
         return sum(buffer.held_bytes for buffer in self._buffers.values())
 
-    def append(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description], *, copy: bool = False) -> None:
-        """Add one row group: cells of every column of the part, already consistent with one another.
-
-        `copy` says that the caller may change the arrays afterwards.
-        """
-        self._copy = copy
+    def append(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
+        """Add one row group: cells of every column of the part, already consistent with one another.""""""
         if not self._schemas:
             self._define(given, descriptions)
         self._check(given)
@@ -136,20 +131,20 @@ class PartWriter:
             self._push(end, ends)
 
     def _push(self, path: str, block: Array) -> None:
-        for number, blocks in self._buffers[path].take(block, copy=self._copy):
-            self._write_shard(path, number, blocks)
+        for number, rows in self._buffers[path].take(block):
+            self._write_shard(path, number, rows)
 
-    def _write_shard(self, path: str, number: int, blocks: list[Array]) -> None:
-        buffer, rows = self._buffers[path], sum(map(len, blocks))
-        encoded = encode(blocks, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
-        self._place.replace(shard_path(self.name, path, number, blocks[0].ndim), encoded.buffers)
-        self._touched.setdefault(path, {})[number] = ShardRecord(rows, encoded.crcs)
-        self.written += buffer.geometry.file_bytes(rows)
+    def _write_shard(self, path: str, number: int, rows: Array) -> None:
+        buffer = self._buffers[path]
+        encoded = encode(rows, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
+        self._place.replace(shard_path(self.name, path, number, rows.ndim), encoded.buffers)
+        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs)
+        self.written += buffer.geometry.file_bytes(len(rows))
 
     def _write_tails(self) -> None:
         for path, buffer in self._buffers.items():
             if buffer.held and buffer.rows != self._committed.get(path, 0):
-                self._write_shard(path, buffer.shard, buffer.blocks)
+                self._write_shard(path, buffer.shard, buffer.tail())
 
     def _write_shapes(self, wave: int) -> None:
         for schema in self._schemas.values():

@@ -13,7 +13,7 @@ stays right when a longer tail replaces the file, and a stale or swapped file ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,34 +93,18 @@ class Encoded:
     crcs: Array
 
 
-def encode(blocks: Sequence[Array], geometry: Geometry, fill: float | int | bool) -> Encoded:
-    """The bytes of a shard that holds the rows of `blocks` [n, *feature], at least one; views of them where possible."""
+def encode(rows: Array, geometry: Geometry, fill: float | int | bool) -> Encoded:
+    """The bytes of a shard that holds `rows` [n, *feature] of the stored dtype, 1 <= n <= shard rows; views where possible."""
     buffers: list[Array | bytes] = []
     committed = []
-    for rows in _cut(blocks, geometry.chunk_rows):
-        for chunk, used in _chunks(rows, geometry, fill):
+    for first in range(0, len(rows), geometry.chunk_rows):
+        for chunk, used in _chunks(rows[first : first + geometry.chunk_rows], geometry, fill):
             crc = google_crc32c.value(chunk)
             buffers += [chunk, _little(crc)]
             whole = used == geometry.chunk_bytes
             committed.append(crc if whole else google_crc32c.value(chunk.reshape(-1).view("u1")[:used]))
     buffers.append(_index(len(committed), geometry))
     return Encoded(buffers, np.array(committed, "<u4"))
-
-
-def _cut(blocks: Sequence[Array], size: int) -> Iterator[Array]:
-    """The rows of all blocks, `size` at a time; copied only where they cross from one block to the next."""
-    held: list[Array] = []
-    missing = size
-    for block in blocks:
-        for start in range(missing - size, len(block), size):
-            piece = block[max(start, 0) : start + size]
-            held.append(piece)
-            missing -= len(piece)
-            if missing == 0:
-                yield held[0] if len(held) == 1 else np.concatenate(held)
-                held, missing = [], size
-    if held:
-        yield held[0] if len(held) == 1 else np.concatenate(held)
 
 
 def _chunks(rows: Array, geometry: Geometry, fill: float | int | bool) -> list[tuple[Array, int]]:

@@ -102,7 +102,6 @@ class RunWriter:
         phase: str = keys.PHASE,
         step: int = keys.STEP,
         nonfinite: Mapping[str, int] | None = None,
-        copy: bool = True,
     ) -> None:
         """Append examples: all of them, in every column, or none.
 
@@ -113,7 +112,6 @@ class RunWriter:
                 Every append needs the same columns.
             lengths: rows per example of each table that is given packed.
             nonfinite: rows per column that are known to hold NaN or infinity; shown by `tensortape info`.
-            copy: False if the arrays will not be changed any more: they are then written from where they are.
 
         Raises:
             SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
@@ -124,9 +122,10 @@ class RunWriter:
             return
         digests = self._check_ids(ids, phase, step)
         given = self._cells(ids, columns, lengths or {}, phase, step)
+        self._check_size(given)
         with _Breaks(self):
             self._start()
-            self._part.append(given, self._descriptions, copy=copy)
+            self._part.append(given, self._descriptions)
         self._pending.update(digests)
         for name, count in (nonfinite or {}).items():
             self._nonfinite[name] = self._nonfinite.get(name, 0) + count
@@ -198,6 +197,14 @@ class RunWriter:
             if digest in self._pending or self.committed_ids.has(digest):
                 raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
         return digests
+
+    def _check_size(self, given: Mapping[str, Cells]) -> None:
+        size = sum(column.nbytes for column in given.values())
+        if 2 * size > self._budget:
+            raise BudgetError(
+                f"one append of {size} bytes needs a memory budget of at least {2 * size} ({2 * size / 2**20:.0f} MiB: half for "
+                f"what is appended, half for buffers), but the budget is {self._budget}; raise memory_budget= or append less at once"
+            )
 
     def _cells(self, ids: keys.Ids, columns: Mapping[str, Any], lengths: Lengths, phase: str, step: int) -> dict[str, Cells]:
         for name in columns:
