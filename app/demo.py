@@ -37,7 +37,9 @@ def run_demo(to: Path, *, files: int, seed: int, say: Callable[[str], None]) -> 
     """Record, verify, show, probe; writes `run.zarr`, `probes.csv` and `probes.png` into the folder and returns the figures."""
     began = time.monotonic()
     to.mkdir(parents=True, exist_ok=True)
-    run = _record(to / "run.zarr", source_files(files, seed), say)
+    paths = source_files(files, seed)
+    say(f"recording {', '.join(SITES)} of the embedded model over {len(paths)} files of the standard library")
+    run = record_sources(to / "run.zarr", paths)
     say("\n".join(show.info_lines(show.info(run))))
     checked = run.verify()
     say(f"verified: {checked!r}")
@@ -62,10 +64,10 @@ def source_files(count: int, seed: int) -> list[Path]:
     return [path for path in drawn if 2_000 <= path.stat().st_size <= 40_000 and path.read_bytes().isascii()][:count]
 
 
-def _record(to: Path, paths: list[Path], say: Callable[[str], None]) -> Run:
+def record_sources(to: Path, paths: list[Path]) -> Run:
+    """Record the embedded model over Python files, with exact labels of their tokens."""
     library = Path(sysconfig.get_path("stdlib"))
     model, tokenizer = models.load(models.DEMO)
-    say(f"recording {', '.join(SITES)} of the embedded model over {len(paths)} files of the standard library")
     return record(
         model,
         [path.read_text(encoding="ascii") for path in paths],

@@ -61,8 +61,9 @@ def role_spans(source: str) -> list[Span]:
     f-strings, whose positions are unreliable before Python 3.12. Raises SyntaxError on text that is not Python.
     """
     text = _plain_newlines(source)
+    tree = ast.parse(text)
     words = _Words(text)
-    spans = [span for node in _nodes_outside_fstrings(ast.parse(text)) for span in _roles(node, words)]
+    spans = [span for node in _nodes_outside_fstrings(tree) for span in _roles(node, words)]
     return sorted(spans, key=lambda span: span.start)
 
 

@@ -32,7 +32,8 @@ def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState
     column = _cells(index, name, values, chosen)
     bounds = {} if column.lengths is None else {names.split(name)[0]: column.lengths}
     given = {name: column, **start_columns(bounds, {}), **_keys(index, chosen)}
-    writer.append(given, {})
+    writer.prepare(given, {})
+    writer.append(given)
     writer.commit("closed", aligned=_spans(parts, index) if ids is None else ())
 
 

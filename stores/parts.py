@@ -67,14 +67,31 @@ class PartWriter:
         """Bytes in buffers: what the next commit has to write as tails."""
         return sum(buffer.held_bytes for buffer in self._buffers.values())
 
-    def append(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
-        """Add one row group: cells of every column of the part, already consistent with one another.""""""
+    def prepare(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
+        """Fix the columns by what the first append gives, and check every later one against them; writes nothing.
+
+        Raises:
+            SchemaError: other columns, dtypes or shapes than before. BudgetError: the buffers do not fit.
+        """
         if not self._schemas:
-            self._define(given, descriptions)
+            shard_bytes = layout.shard_bytes_for(self._budget, len(given))
+            schemas = {
+                name: _schema(name, column, descriptions.get(name, Description()), shard_bytes) for name, column in given.items()
+            }
+            roles = [role for schema in schemas.values() for role in schema.arrays.values()]
+            layout.check_budget(self._budget, [(role.grid, dtypes.stored(role.dtype).itemsize) for role in roles])
+            self._schemas, self._buffers = schemas, {role.path: RowBuffer(role) for role in roles}
+            self.rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
         self._check(given)
+
+    def append(self, given: Mapping[str, Cells]) -> None:
+        """Add one row group: cells of every column, consistent with one another and prepared."""
+        if not self.name:
+            self.name = claim(self._place, self._document)
+            self._write_groups()
         for name, column in given.items():
             self._take(self._schemas[name], column)
-        for table in {schema.table for schema in self._schemas.values()}:
+        for table in self.rows:
             self.rows[table] += next(given[name].rows for name, schema in self._schemas.items() if schema.table == table)
 
     def commit(self, kind: str = "commit", aligned: Sequence[tuple[str, int, int]] = (), nonfinite: Mapping[str, int] = {}) -> None:
@@ -86,18 +103,6 @@ class PartWriter:
             self._place.settle()
         self._write_record(kind, tuple(aligned), nonfinite)
         self._place.settle()
-
-    def _define(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> None:
-        shard_bytes = layout.shard_bytes_for(self._budget, len(given))
-        schemas = {
-            name: _schema(name, column, descriptions.get(name, Description()), shard_bytes) for name, column in given.items()
-        }
-        roles = [role for schema in schemas.values() for role in schema.arrays.values()]
-        layout.check_budget(self._budget, [(role.grid, dtypes.stored(role.dtype).itemsize) for role in roles])
-        self.name = claim(self._place, self._document)
-        self._schemas, self._buffers = schemas, {role.path: RowBuffer(role) for role in roles}
-        self.rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
-        self._write_groups()
 
     def _write_groups(self) -> None:
         folders = {names.to_disk(table) for table in self.rows}

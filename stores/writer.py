@@ -123,9 +123,10 @@ class RunWriter:
         digests = self._check_ids(ids, phase, step)
         given = self._cells(ids, columns, lengths or {}, phase, step)
         self._check_size(given)
+        self._part.prepare(given, self._descriptions)
         with _Breaks(self):
             self._start()
-            self._part.append(given, self._descriptions)
+            self._part.append(given)
         self._pending.update(digests)
         for name, count in (nonfinite or {}).items():
             self._nonfinite[name] = self._nonfinite.get(name, 0) + count
@@ -251,7 +252,7 @@ class _Breaks:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, (SchemaError, BudgetError)):
+        if error is not None:
             self._writer._broken = error
 
 

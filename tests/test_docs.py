@@ -1,0 +1,41 @@
+"""The code in README and docs runs, from top to bottom of each page, in an empty folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tensortape.app import demo, models
+from tensortape.instrument import record
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def code_of(page: Path) -> str:
+    """All Python blocks of a page, with the model that the package carries in place of the user's own."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+    return "\n".join(blocks).replace("path/or/name", str(models.demo_folder()))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if page.name == "analyses.md":
+        demo.record_sources(tmp_path / "run.zarr", demo.source_files(4, seed=0))
+    exec(compile(code_of(page), str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_record_returns_an_open_run(tmp_path: Path) -> None:
+    """The README's first claim, apart from its page: one call from texts to a run that reads back."""
+    model, tokenizer = models.load(models.DEMO)
+    run = record(model, ["import os\n", "x = 1\n"], tokenizer=tokenizer, to=tmp_path / "run.zarr", sites="resid_post")
+    assert run["token/input_ids"][0].tolist() == tokenizer("import os\n")["input_ids"]
