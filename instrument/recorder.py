@@ -29,10 +29,16 @@ from .taps import TapSet
 class Recorder:
     """Records chosen sites of a model into a run, batch by batch, from any loop.
 
-        with Recorder(model, sites=["resid_post"], to="run.zarr") as recorder:
-            for batch in loader:
-                with recorder.batch(ids=batch["id"]):
-                    model(**batch["inputs"])
+    >>> from tensortape.stores import open_run
+    >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), num_layers=3).eval()
+    >>> states, pads = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    >>> with torch.no_grad(), Recorder(model, sites=["resid_post", "layers.0.linear1:in"], to="recorded.zarr") as recorder:
+    ...     with recorder.batch(ids=["a", "b"], labels={"example/topic": [0, 1]}):
+    ...         outputs = model(states, src_key_padding_mask=pads)
+    >>> [column.name for column in open_run("recorded.zarr").select("resid_post")]
+    ['token/layers.0:out', 'token/layers.1:out', 'token/layers.2:out']
+    >>> open_run("recorded.zarr")["layers.1:out"][1].shape
+    (3, 8)
 
     The model is called exactly as before and computes exactly the same: hooks are in place only inside `batch`, and only copy.
 

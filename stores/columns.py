@@ -48,9 +48,7 @@ class Column:
     @property
     def nbytes(self) -> int:
         """Bytes of all values, as stored."""
-        roles = [array for part in self._holders for array in part.state.columns[self.name].arrays.values()]
-        sizes = {role.path: int(np.prod(role.shape, dtype=np.int64)) * dtypes.stored(role.dtype).itemsize for role in roles}
-        return sum(part.state.arrays[role.path].rows * sizes[role.path] for part in self._holders for role in self._roles(part))
+        return sum(part.array(role).nbytes for part in self._holders for role in self._roles(part))
 
     @property
     def site(self) -> Json | None:

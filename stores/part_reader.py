@@ -33,6 +33,11 @@ class ArrayReader:
         """Committed rows."""
         return self._state.rows
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those rows."""
+        return self.rows * self.geometry.chunk_row_bytes * self.geometry.pieces
+
     def slice(self, start: int, stop: int) -> Array:
         """Rows [start, stop): a read-only view within one chunk, a copy otherwise."""
         pieces = [shard.slice(a, b) for shard, a, b in self._spans(start, stop)]

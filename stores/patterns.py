@@ -70,7 +70,13 @@ def parse_site(text: str) -> SiteName:
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern. `port` is what it asks for; None means `out`, or any port when recorded sites are selected."""
+    """One pattern. `port` is what it asks for; None means `out`, or any port when recorded sites are selected.
+
+    >>> Pattern("layers.*.mlp").matches_path(SiteName("layers.3.mlp"))
+    True
+    >>> Pattern("resid_post[-1]").matches_alias(Alias("", "resid_post", layer=11, depth=12))
+    True
+    """
 
     text: str
 

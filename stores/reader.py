@@ -36,6 +36,19 @@ def open_run(path: str | os.PathLike[str], *, verify: Literal["touch", "off"] = 
 
     Raises:
         NotARunError, FormatVersionError (a newer format), DamagedError (a commit record is damaged).
+
+    >>> from tensortape.stores import RunWriter
+    >>> with RunWriter("read.zarr") as writer:
+    ...     writer.append(ids=[7, 8], columns={"token/state": [np.ones((3, 2)), np.zeros((5, 2))]})
+    >>> run = open_run("read.zarr")
+    >>> run.ids, run["token/state"].shape, run["token/state"][1].shape
+    ([7, 8], (8, 2), (5, 2))
+    >>> run["token/state"].rows([0, -1]).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    >>> run.add_column("example/split", ["train", "test"])
+    <Column example/split text (2,)>
+    >>> run.verify().ok
+    True
     """
     if verify not in ("touch", "off"):
         raise ValueError(f"verify is 'touch' or 'off', not {verify!r}")

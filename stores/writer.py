@@ -42,6 +42,13 @@ class RunWriter:
         memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
         about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
 
+    >>> with RunWriter("written.zarr") as writer:
+    ...     states = [np.ones((3, 2), np.float16), np.zeros((5, 2), np.float16)]
+    ...     writer.append(ids=["a", "b"], columns={"token/state": states, "example/label": [1, 0]})
+    ...     writer.commit()
+    >>> "a" in writer.committed_ids, len(writer.committed_ids)
+    (True, 2)
+
     Raises:
         RunExistsError, NotARunError, SchemaError (resuming what was recorded from something else).
     """
@@ -204,7 +211,7 @@ class RunWriter:
         if 2 * size > self._budget:
             raise BudgetError(
                 f"one append of {size} bytes needs a memory budget of at least {2 * size} ({2 * size / 2**20:.0f} MiB: half for "
-                f"what is appended, half for buffers), but the budget is {self._budget}; raise memory_budget= or append less at once"
+                f"what is appended, half for buffers), but the budget is {self._budget}; raise memory_budget= or append less"
             )
 
     def _cells(self, ids: keys.Ids, columns: Mapping[str, Any], lengths: Lengths, phase: str, step: int) -> dict[str, Cells]:
