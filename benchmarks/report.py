@@ -15,14 +15,17 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(competitors: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each competitor, in turns; one more repetition is run first and dropped."""
+def interleaved(
+    competitors: Mapping[str, Callable[[], object]], repetitions: int, clear: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each competitor, in turns; one more repetition is run first and dropped. `clear` follows each turn, untimed."""
     found: dict[str, list[float]] = {name: [] for name in competitors}
     for _ in range(repetitions + 1):
         for name, run in competitors.items():
             began = time.perf_counter()
             run()
             found[name].append(time.perf_counter() - began)
+            clear()
     return {name: seconds[1:] for name, seconds in found.items()}
 
 
@@ -53,7 +56,7 @@ def publish(name: str, title: str, sections: Mapping[str, list[str]]) -> None:
 @contextmanager
 def ram_folder() -> Iterator[Path]:
     """A temporary folder on a RAM disk where there is one, so that disks do not decide."""
-    shared = Path("/dev/shm")  # noqa: S108 - the RAM disk of Linux
+    shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="tensortape-bench-", dir=shared if shared.is_dir() else None))
     try:
         yield folder

@@ -26,7 +26,8 @@ from .schema import Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
 
-REWRITE_SHARE = 10  # tails may take one part in ten of what is written, and of the time
+REWRITE_SHARE = 10  # tails may be one part in ten of what is written
+TIME_SHARE = 50  # commits may take one part in fifty of the time
 SLOWEST = 10.0  # seconds after which a slow recording commits all the same
 
 
@@ -229,7 +230,7 @@ class RunWriter:
 
 
 class Cadence:
-    """When to commit without being asked: as often as rewriting tails stays under a tenth of the bytes, or of the time."""
+    """When to commit without being asked: as often as costs little time, and rewrites few bytes unless a lot of time has passed."""
 
     def __init__(self) -> None:
         self._bytes = 0
@@ -240,7 +241,8 @@ class Cadence:
         """Whether to commit after an append of so many bytes, with so many bytes in tails."""
         self._bytes += appended
         waited = time.monotonic() - self._last
-        return self._bytes >= REWRITE_SHARE * tails or waited >= max(SLOWEST, REWRITE_SHARE * self._duration)
+        affordable = waited >= TIME_SHARE * self._duration
+        return affordable and (self._bytes >= REWRITE_SHARE * tails or waited >= SLOWEST)
 
     def __enter__(self) -> None:
         self._began = time.monotonic()

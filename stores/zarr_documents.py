@@ -6,6 +6,7 @@ zarr-python decides what a valid document says; writing it ourselves gives it th
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import zarr
@@ -13,42 +14,26 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from . import dtypes
+from .layout import Grid
 from .schema import ArraySchema, ColumnSchema, Json
 
 DOCUMENT = "zarr.json"
 
 
-def group(attributes: dict[str, Any] | None = None) -> bytes:
+def group(attributes: Json | None = None) -> bytes:
     """The document of a group."""
-    kept: dict[str, Any] = {}
-    zarr.create_group(MemoryStore(kept), attributes=attributes, zarr_format=3)
-    return bytes(kept[DOCUMENT].to_bytes())
+    return _file({**_plain_group(), "attributes": attributes or {}})
 
 
 def array(column: ColumnSchema, role: ArraySchema) -> Json:
     """The document of one array of a column, still without rows; `with_rows` makes it a file."""
-    kept: dict[str, Any] = {}
-    zarr.create_array(
-        MemoryStore(kept),
-        shape=(0, *role.shape),
-        chunks=role.grid.chunk,
-        shards=role.grid.shard,
-        dtype=dtypes.stored(role.dtype).name,
-        filters=None,
-        compressors=[Crc32cCodec()],
-        fill_value=dtypes.fill_value(role.dtype),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=_dimensions(column, role),
-        attributes={"logical_dtype": role.dtype, "column": column.name, **column.attributes},
-        zarr_format=3,
-    )
-    document: Json = json.loads(kept[DOCUMENT].to_bytes())
-    return document
+    attributes = {"logical_dtype": role.dtype, "column": column.name, **column.attributes}
+    return {**_plain_array(role.dtype, role.shape, role.grid, _dimensions(column, role)), "attributes": attributes}
 
 
 def with_rows(document: Json, rows: int) -> bytes:
     """The file of an array document for an array of `rows` rows."""
-    return json.dumps({**document, "shape": [rows, *document["shape"][1:]]}, indent=2).encode()
+    return _file({**document, "shape": [rows, *document["shape"][1:]]})
 
 
 def shape_of(document: bytes) -> tuple[int, ...]:
@@ -56,7 +41,42 @@ def shape_of(document: bytes) -> tuple[int, ...]:
     return tuple(json.loads(document)["shape"])
 
 
-def _dimensions(column: ColumnSchema, role: ArraySchema) -> list[str]:
+def _dimensions(column: ColumnSchema, role: ArraySchema) -> tuple[str, ...]:
     features = column.axes if role.shape == column.shape else ("feature",) * len(role.shape)
     rows = column.table if role.name != "utf8" else "byte"
-    return [rows, *features]
+    return (rows, *features)
+
+
+@cache
+def _plain_group() -> Json:
+    kept: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(kept), zarr_format=3)
+    return _parsed(kept)
+
+
+@cache
+def _plain_array(dtype: str, shape: tuple[int, ...], grid: Grid, dimensions: tuple[str, ...]) -> Json:
+    kept: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(kept),
+        shape=(0, *shape),
+        chunks=grid.chunk,
+        shards=grid.shard,
+        dtype=dtypes.stored(dtype).name,
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=dtypes.fill_value(dtype),
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=dimensions,
+        zarr_format=3,
+    )
+    return _parsed(kept)
+
+
+def _parsed(kept: dict[str, Any]) -> Json:
+    document: Json = json.loads(kept[DOCUMENT].to_bytes())
+    return document
+
+
+def _file(document: Json) -> bytes:
+    return json.dumps(document).encode()
