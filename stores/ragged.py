@@ -114,3 +114,22 @@ def text_bytes(block: Array, offset: int) -> tuple[Array, Array]:
     encoded = [str(text).encode() for text in block]
     ends = offset + np.cumsum([len(text) for text in encoded], dtype=np.int64)
     return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def lengths_of(given: Mapping[str, Cells], stated: Lengths, examples: int) -> dict[str, Array]:
+    """Rows per example of each ragged table; SchemaError where two columns of a table disagree."""
+    found: dict[str, tuple[str, Array]] = {}
+    for name, column in given.items():
+        table = names.split(name)[0]
+        if column.lengths is None:
+            continue
+        if len(column.lengths) != examples:
+            raise SchemaError(f"lengths of table {table!r} are {len(column.lengths)}, but there are {examples} examples")
+        first, lengths = found.setdefault(table, (name, column.lengths))
+        if not np.array_equal(lengths, column.lengths):
+            at = int(np.flatnonzero(lengths != column.lengths)[0])
+            raise SchemaError(
+                f"columns of table {table!r} disagree on example {at}: {first!r} has {lengths[at]} rows, {name!r} has "
+                f"{column.lengths[at]}"
+            )
+    return {table: lengths for table, (_, lengths) in found.items()}

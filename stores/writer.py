@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 import uuid
 import weakref
 from collections.abc import Mapping
@@ -16,19 +15,16 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from . import keys, layout, names, runs
-from .dtypes import TEXT, Array
+from .cadence import Cadence
+from .dtypes import TEXT
 from .errors import BrokenWriterError, BudgetError, KeyRepeatedError, SchemaError
 from .keys import KeySet
 from .parts import Description, PartWriter, start_columns
 from .places.local import Durability, LocalPlace
-from .ragged import Cells, Lengths, cells
+from .ragged import Cells, Lengths, cells, lengths_of
 from .schema import Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
-
-REWRITE_SHARE = 10  # tails may be one part in ten of what is written
-TIME_SHARE = 50  # commits may take one part in fifty of the time
-SLOWEST = 10.0  # seconds after which a slow recording commits all the same
 
 
 class RunWriter:
@@ -219,7 +215,7 @@ class RunWriter:
         for name in columns:
             _refuse_reserved(name)
         given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
-        found = _lengths(given, lengths, len(ids))
+        found = lengths_of(given, lengths, len(ids))
         return {
             **given,
             **start_columns(found, self._part.rows),
@@ -227,29 +223,6 @@ class RunWriter:
             "example/phase": Cells(TEXT, (), [np.full(len(ids), phase, object)], None),
             "example/step": Cells("int64", (), [np.full(len(ids), step, np.int64)], None),
         }
-
-
-class Cadence:
-    """When to commit without being asked: as often as costs little time, and rewrites few bytes unless a lot of time has passed."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._last = time.monotonic()
-        self._duration = 0.0
-
-    def due(self, appended: int, tails: int) -> bool:
-        """Whether to commit after an append of so many bytes, with so many bytes in tails."""
-        self._bytes += appended
-        waited = time.monotonic() - self._last
-        affordable = waited >= TIME_SHARE * self._duration
-        return affordable and (self._bytes >= REWRITE_SHARE * tails or waited >= SLOWEST)
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._last = time.monotonic()
-        self._duration, self._bytes = self._last - self._began, 0
 
 
 class _Breaks:
@@ -263,25 +236,6 @@ class _Breaks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._writer._broken = error
-
-
-def _lengths(given: Mapping[str, Cells], stated: Lengths, examples: int) -> dict[str, Array]:
-    """Rows per example of each ragged table; SchemaError where two columns of a table disagree."""
-    found: dict[str, tuple[str, Array]] = {}
-    for name, column in given.items():
-        table = names.split(name)[0]
-        if column.lengths is None:
-            continue
-        if len(column.lengths) != examples:
-            raise SchemaError(f"lengths of table {table!r} are {len(column.lengths)}, but there are {examples} examples")
-        first, lengths = found.setdefault(table, (name, column.lengths))
-        if not np.array_equal(lengths, column.lengths):
-            at = int(np.flatnonzero(lengths != column.lengths)[0])
-            raise SchemaError(
-                f"columns of table {table!r} disagree on example {at}: {first!r} has {lengths[at]} rows, {name!r} has "
-                f"{column.lengths[at]}"
-            )
-    return {table: lengths for table, (_, lengths) in found.items()}
 
 
 def _refuse_reserved(name: str) -> None:
