@@ -28,7 +28,6 @@ class Column:
         self._parts = parts
         self._index = index
         self._holders = [part for part in parts if name in part.state.columns]
-        self._schema = _agreed([part.state.columns[name] for part in self._holders])
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -43,7 +42,7 @@ class Column:
     @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes of `rows()`."""
-        return ("example" if self._schema.table == "example" else "token", *self._schema.axes)
+        return (self._schema.table.partition(".")[0], *self._schema.axes)
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +91,7 @@ class Column:
         number = self._number(example)
         part, start, length = (int(values[number]) for values in (self._places.part, self._places.start, self._places.length))
         if part < 0:
-            raise MissingExampleError(f"column {self.name!r} has no value for example {self._index.keys[0][number]!r}")
+            raise MissingExampleError(f"column {self.name!r} has no value for example {self._index.id(number)!r}")
         rows = self._slice(part, start, start + length)
         return rows[0] if self._schema.table == "example" else rows
 
@@ -103,9 +102,7 @@ class Column:
             if step == 1:
                 return self._contiguous(start, max(stop, start))
             selection = np.arange(start, stop, step)
-        chosen = np.asarray(selection)
-        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64, copy=False)
-        return self._gather(_in_range(chosen, len(self)))
+        return self._gather(_in_range(_numbers(selection, len(self)), len(self)))
 
     def blocks(self, rows: int = 65536) -> Iterator[Array]:
         """All rows in order, at most `rows` at a time; no copy where a block lies within one chunk."""
@@ -129,7 +126,12 @@ class Column:
         return list(part.state.columns[self.name].arrays.values())
 
     @cached_property
+    def _schema(self) -> ColumnSchema:
+        return _agreed([part.state.columns[self.name] for part in self._holders])
+
+    @cached_property
     def _places(self) -> Places:
+        _agreed([part.state.columns[self.name] for part in self._holders])
         return self._index.places(self.name)
 
     @cached_property
@@ -212,9 +214,10 @@ class Table(Mapping[str, Column]):
         import pandas as pd
 
         small = {name: column for name, column in self._columns.items() if not column.shape[1:] and _shown(name)}
+        owner = np.repeat(np.arange(len(self._index)), np.maximum(self.lengths, 0))
         frame = pd.DataFrame({name: _filled(column, self) for name, column in small.items()})
         if self.name != "example":
-            frame.insert(0, "example", np.repeat(np.arange(len(self._index)), np.maximum(self.lengths, 0)))
+            frame.insert(0, "example", owner, allow_duplicates=True)
         return frame
 
     def __getitem__(self, name: str) -> Column:
@@ -238,11 +241,13 @@ def _shown(name: str) -> bool:
 
 def _filled(column: Column, table: Table) -> Any:
     """The column on every row of its table; None where an example has no value."""
+    import pandas as pd
+
     if column.present.all():
         return column.rows()
     values = np.full(table.rows, None, object)
     values[np.repeat(column.present, np.maximum(table.lengths, 0))] = column.rows()
-    return values
+    return pd.Series(values, dtype=object)
 
 
 def _agreed(schemas: list[ColumnSchema]) -> ColumnSchema:
@@ -253,6 +258,18 @@ def _agreed(schemas: list[ColumnSchema]) -> ColumnSchema:
                 f"column {first.name!r} is {first.dtype} {first.shape} in one part and {other.dtype} {other.shape} in another"
             )
     return first
+
+
+def _numbers(selection: Any, count: int) -> Array:
+    """Row numbers of an integer array or a boolean mask over all rows."""
+    chosen = np.asarray(selection)
+    if chosen.dtype == bool:
+        if chosen.shape != (count,):
+            raise IndexError(f"a mask of shape {chosen.shape} over a column of {count} rows")
+        return np.flatnonzero(chosen)
+    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
+        raise TypeError(f"rows are picked by integers, a mask or a slice, not by {selection!r}")
+    return chosen.astype(np.int64, copy=False)
 
 
 def _in_range(rows: Array, count: int) -> Array:

@@ -24,6 +24,7 @@ from .schema import VERSION, ColumnSchema, Json
 _HEAD = b'{"crc32c":"%08x","record":'
 _HEAD_BYTES = len(_HEAD % 0)
 KINDS = ("commit", "closed")
+_PLAIN = ("run", "part", "number", "previous", "kind", "document", "rows", "nonfinite", "written")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Record:
     number: int
     previous: str
     kind: str = "commit"
+    document: str = ""
     rows: Mapping[str, int] = field(default_factory=dict)
     columns: Mapping[str, ColumnSchema] = field(default_factory=dict)
     array_rows: Mapping[str, int] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class Record:
             "number": self.number,
             "previous": self.previous,
             "kind": self.kind,
+            "document": self.document,
             "rows": dict(self.rows),
             "columns": {name: schema.to_json() for name, schema in self.columns.items()},
             "arrays": {path: self._array_json(path) for path in self.array_rows},
@@ -90,10 +93,11 @@ class Record:
     def decode(cls, data: bytes, where: str) -> Record:
         """The record in a file; DamagedError if it is not what was written, FormatVersionError if it is of a later version."""
         document = json.loads(_body(data, where))
-        if document["version"] != VERSION or document["kind"] not in KINDS:
+        version, kind = document.get("version"), document.get("kind")
+        if version != VERSION or kind not in KINDS:
             raise FormatVersionError(
-                f"{where} is a record of kind {document['kind']!r} and format version {document['version']!r}; this tensortape "
-                f"reads {' and '.join(KINDS)} records of version {VERSION}: update tensortape"
+                f"{where} is a record of kind {kind!r} and format version {version!r}; this tensortape reads {' and '.join(KINDS)} "
+                f"records of version {VERSION}: update tensortape"
             )
         return cls._from_json(document)
 
@@ -101,7 +105,7 @@ class Record:
     def _from_json(cls, document: Json) -> Record:
         arrays = document["arrays"]
         return cls(
-            **{key: document[key] for key in ("run", "part", "number", "previous", "kind", "rows", "nonfinite", "written")},
+            **{key: document[key] for key in _PLAIN},
             columns={name: ColumnSchema.from_json(name, schema) for name, schema in document["columns"].items()},
             array_rows={path: array["rows"] for path, array in arrays.items()},
             shards={path: _shards(array["shards"]) for path, array in arrays.items()},

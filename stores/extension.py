@@ -26,6 +26,9 @@ def exists(name: str) -> SchemaError:
 
 def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState], name: str, values: Any, ids: Any) -> None:
     """Write one column as a part of its own, closed at once."""
+    names.refuse_bookkeeping(name)
+    if not len(index):
+        raise SchemaError("the run holds no example yet, so there is nothing to add a column to")
     chosen = np.arange(len(index)) if ids is None else _numbers(index, keys.normalise(ids))
     document = PartDocument(run=run.uid, session=uuid.uuid4().hex, kind="extension", writer=f"tensortape {version('tensortape')}")
     writer = PartWriter(place, document, layout.DEFAULT_BUDGET)
@@ -42,7 +45,7 @@ def _cells(index: Index, name: str, values: Any, chosen: Array) -> Cells:
     if not names.is_ragged(table):
         return cells(name, values, len(chosen), {})
     expected = index.lengths(table)[chosen]
-    lengths = {table: expected} if _is_packed(values, int(expected.sum()), len(chosen)) else {}
+    lengths = {table: expected} if _is_packed(values, int(expected.sum())) else {}
     column = cells(name, values, len(chosen), lengths)
     wrong = np.flatnonzero((expected >= 0) & (expected != column.lengths))
     if len(wrong):
@@ -54,8 +57,8 @@ def _cells(index: Index, name: str, values: Any, chosen: Array) -> Cells:
     return column
 
 
-def _is_packed(values: Any, rows: int, examples: int) -> bool:
-    return hasattr(values, "shape") and values.shape[0] == rows and (rows != examples or values.ndim == 1)
+def _is_packed(values: Any, rows: int) -> bool:
+    return hasattr(values, "shape") and len(values.shape) > 0 and values.shape[0] == rows
 
 
 def _keys(index: Index, chosen: Array) -> dict[str, Cells]:
@@ -77,7 +80,10 @@ def _spans(parts: list[PartState], index: Index) -> list[tuple[str, int, int]]:
 
 def _numbers(index: Index, ids: keys.Ids) -> Array:
     keys.check_unique(ids)
-    known = {id_: number for number, id_ in enumerate(index.keys[0].tolist())}
+    known: dict[str | int, int] = {}
+    for number, id_ in enumerate(index.keys[0].tolist()):
+        if known.setdefault(id_, number) != number and id_ in ids:
+            raise SchemaError(f"id {id_!r} stands for several examples (at other phases or steps); add the column to all examples")
     missing = [id_ for id_ in ids if id_ not in known]
     if missing:
         raise UnknownColumnError(f"the run has no example {missing[0]!r}")

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 
 from .dtypes import Array
 from .errors import SchemaError
-from .names import is_ragged
+from .names import is_bookkeeping, is_ragged
 from .part_reader import PartReader
 
 
@@ -45,6 +44,11 @@ class Index:
         ids, phases, steps = (column[first] for column in self._all_keys)
         return ids, phases, steps
 
+    def id(self, number: int) -> str | int:
+        """The id of an example, as it was given."""
+        found: str | int = self.keys[0][number : number + 1].tolist()[0]
+        return found
+
     def __len__(self) -> int:
         return len(self.keys[0])
 
@@ -73,19 +77,22 @@ class Index:
                 example = numbers[wrong[0]]
                 raise SchemaError(
                     f"part {reader.state.name} has {lengths[wrong[0]]} rows of table {table!r} for example "
-                    f"{self.keys[0][example]!r}, where an earlier part has {found[example]}"
+                    f"{self.id(int(example))!r}, where an earlier part has {found[example]}"
                 )
             found[numbers] = lengths
         return found
 
     def _free(self, column: str, taken: Array, position: int, numbers: Array) -> Array:
-        """Which of a part's examples have no value yet. The same cell twice is fine only within one session (sampler padding)."""
+        """Which of a part's examples have no value yet. The same cell twice is fine only within one session (sampler padding).
+
+        Keys and bounds stand in every part.
+        """
         session = self._parts[position].state.document.session
         for earlier in np.unique(taken[taken >= 0]):
-            if self._parts[earlier].state.document.session != session:
+            if self._parts[earlier].state.document.session != session and not is_bookkeeping(column):
                 example = numbers[np.flatnonzero(taken == earlier)[0]]
                 raise SchemaError(
-                    f"column {column!r} has two values for example {self.keys[0][example]!r}, in parts "
+                    f"column {column!r} has two values for example {self.id(int(example))!r}, in parts "
                     f"{self._parts[earlier].state.name} and {self._parts[position].state.name} of different sessions"
                 )
         return taken < 0
@@ -106,9 +113,15 @@ class Index:
         """A number per key of all parts, in order of first appearance."""
         combined = np.zeros(len(self._all_keys[0]), np.int64)
         for values in self._all_keys:
-            codes, unique = pd.factorize(values)
-            combined = combined * max(len(unique), 1) + codes
-        return np.asarray(pd.factorize(combined)[0], np.int64)
+            codes = _codes(values)
+            combined = combined * (int(codes.max(initial=0)) + 1) + codes
+        return _codes(combined)
+
+
+def _codes(values: Array) -> Array:
+    """A number per distinct value, in order of first appearance (exactly: pandas would cut text at a zero byte)."""
+    seen: dict[str | int, int] = {}
+    return np.array([seen.setdefault(value, len(seen)) for value in values.tolist()], np.int64)
 
 
 def _aligned(part: PartReader, numbers: dict[str, Array]) -> Array:

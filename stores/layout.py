@@ -6,6 +6,7 @@ A chunk is the smallest verified block, a shard the file that holds many of them
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import BudgetError
@@ -48,19 +49,32 @@ def chunk_features(shape: tuple[int, ...], row_bytes: int) -> tuple[int, ...]:
     return (max(1, SPLIT_ROW_BYTES // (row_bytes // shape[0])), *shape[1:])
 
 
-def shard_bytes_for(budget: int, columns: int) -> int:
-    """Bytes one shard may take so that all columns' buffers fill at most half of the budget."""
-    return min(budget // (2 * max(columns, 1)), SHARD_BYTES)
+def shard_bytes_for(budget: int, arrays: Sequence[tuple[tuple[int, ...], int]], appended: int = 0) -> int:
+    """Bytes one shard may take so that the buffers of all arrays, (feature shape, itemsize) each, fill at most half of the budget.
+
+    Raises:
+        BudgetError: not even one chunk of each fits, or the bytes `appended` at once do not; names the budget that is needed.
+    """
+    share = min(budget // (2 * max(len(arrays), 1)), SHARD_BYTES)
+    while share and 2 * _buffers(arrays, share) > budget:
+        share //= 2
+    check(budget, _buffers(arrays, share), appended)
+    return share
 
 
-def check_budget(budget: int, grids: list[tuple[Grid, int]]) -> None:
-    """BudgetError unless the shard buffers, one per (grid, itemsize), fit in half of the budget."""
-    needed = 2 * sum(math.prod(grid.shard) * itemsize for grid, itemsize in grids)
+def check(budget: int, buffers: int, appended: int) -> None:
+    """BudgetError unless half of the budget holds the buffers and half of it what is appended at once."""
+    needed = 2 * max(buffers, appended)
     if needed > budget:
         raise BudgetError(
-            f"{len(grids)} arrays need a memory budget of at least {needed} bytes ({needed / 2**20:.0f} MiB) to buffer one "
-            f"chunk each, but the budget is {budget} bytes; raise memory_budget= or record fewer sites"
+            f"recording needs a memory budget of at least {needed} bytes ({needed / 2**20:.1f} MiB): half for buffers, at least "
+            f"{buffers} bytes here, and half for {appended} bytes appended at once; the budget is {budget} bytes. Raise "
+            "memory_budget=, record fewer sites or use smaller batches"
         )
+
+
+def _buffers(arrays: Sequence[tuple[tuple[int, ...], int]], share: int) -> int:
+    return sum(math.prod(plan(shape, itemsize, share).shard) * itemsize for shape, itemsize in arrays)
 
 
 def _power_of_two(limit: int) -> int:

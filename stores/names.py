@@ -39,12 +39,32 @@ def from_disk(file_name: str) -> str:
 def split(name: str) -> tuple[str, str]:
     """`token/layers.3:out` as (table, column); SchemaError for anything else."""
     table, slash, column = name.partition("/")
+    check_text(name, f"column {name!r}")
     if not slash or not column or not _TABLE.fullmatch(table):
         raise SchemaError(
             f"column {name!r} names no table; write 'example/<name>', 'token/<name>', 'token.<stream>/<name>', "
             "'pair/<name>' or 'step/<name>'"
         )
     return table, column
+
+
+def check_text(text: str, what: str) -> None:
+    """SchemaError for text that UTF-8 cannot hold: lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SchemaError(f"{what} holds text that is not valid UTF-8 ({error.reason})") from None
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether the run itself writes this column, into every part: keys, and where an example's rows lie."""
+    return name in ("example/id", "example/phase", "example/step") or name.startswith(("example/start.", "example/length."))
+
+
+def refuse_bookkeeping(name: str) -> None:
+    """SchemaError for a column that only the run itself writes."""
+    if is_bookkeeping(name):
+        raise SchemaError(f"column {name!r} is written by the run itself; give ids=, phase=, step= or one array per example")
 
 
 def is_ragged(table: str) -> bool:

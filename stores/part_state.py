@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ from .commits import Record, ShardRecord
 from .errors import DamagedError
 from .places import Place
 from .schema import ColumnSchema, Json, PartDocument
+
+_PART = re.compile(r"p\d{6,}")
+_RECORD = re.compile(r"\d{12,}\.json")
 
 
 @dataclass
@@ -55,15 +59,30 @@ class PartState:
 
 def read_parts(place: Place, run: str) -> list[PartState]:
     """Every part that has committed something, in order of name."""
-    found = [read_part(place, run, name) for name in place.names("parts") if name != "zarr.json"]
-    return [part for part in found if part.commits]
+    return [part for part in (read_part(place, run, name) for name in claimed_parts(place)) if part.commits]
+
+
+def part_names(place: Place) -> list[str]:
+    """The names of parts that are taken, in order."""
+    return [name for name in place.names("parts") if _PART.fullmatch(name)]
+
+
+def claimed_parts(place: Place) -> list[str]:
+    """The parts that somebody writes or wrote: not the empty folder of a writer that was killed while claiming it."""
+    return [name for name in part_names(place) if place.names(f"parts/{name}")]
 
 
 def read_part(place: Place, run: str, name: str) -> PartState:
     """One part; DamagedError where a record is missing or not the one that was written."""
     where = f"parts/{name}/zarr.json"
+    try:
+        stated = commits.digest(place.read(where))
+    except FileNotFoundError:
+        raise DamagedError(f"{where}: the part document is missing") from None
     part = PartState(name, PartDocument.from_attributes(attributes(place, where), where))
     for record in _records(place, run, name):
+        if record.document != stated:
+            raise DamagedError(f"{where}: the part document is not the one that its commit records name")
         part.apply(record)
     return part
 
@@ -72,15 +91,18 @@ def attributes(place: Place, path: str) -> Json:
     """The attributes in a group document; DamagedError if it is not one."""
     try:
         document = json.loads(place.read(path))
-        found: Json = document["attributes"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise DamagedError(f"{path}: not a Zarr group document ({error})") from None
+    found = document.get("attributes", {}) if isinstance(document, dict) else None
+    if not isinstance(found, dict):
+        raise DamagedError(f"{path}: not a Zarr group document")
     return found
 
 
 def _records(place: Place, run: str, part: str) -> Iterator[Record]:
     previous = ""
-    for number, name in enumerate(place.names(f"parts/{part}/commits"), start=1):
+    found = [name for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
+    for number, name in enumerate(found, start=1):
         path = commits.path_of(part, number)
         if not path.endswith(f"/{name}"):
             raise DamagedError(f"{path}: the commit record is missing, but {name} is there")

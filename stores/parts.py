@@ -6,19 +6,20 @@ A plain Zarr reader that goes by `example/id` therefore finds every example it l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import commits, dtypes, layout, names, zarr_documents
+from . import commits, dtypes, layout, zarr_documents
 from .buffers import RowBuffer
 from .commits import Record, ShardRecord
 from .dtypes import Array
 from .errors import LostPartError, SchemaError
+from .part_state import part_names
 from .places import Place
 from .ragged import Cells, text_bytes
-from .schema import ColumnSchema, Json, PartDocument, column_schema
+from .schema import ColumnSchema, Json, PartDocument, column_schema, stored_arrays
 from .shards import encode
 
 
@@ -31,23 +32,28 @@ class Description:
     attributes: Json = field(default_factory=dict)
 
 
-def claim(place: Place, document: PartDocument) -> str:
-    """Take the next free part number; several writers may try at once and each gets its own."""
-    number = max((int(name[1:]) + 1 for name in place.names("parts") if name != "zarr.json"), default=0)
+def claim(place: Place, document: PartDocument) -> tuple[str, str]:
+    """Take the next free part number: (name, digest of the part document). Several writers may try at once; each gets its own."""
+    content = zarr_documents.group(document.to_attributes())
+    number = max((int(name[1:]) + 1 for name in part_names(place)), default=0)
     while True:
         name = f"p{number:06d}"
         try:
-            place.create(f"parts/{name}/zarr.json", [zarr_documents.group(document.to_attributes())])
+            place.create(f"parts/{name}/zarr.json", [content])
         except FileExistsError:
             number += 1
         else:
-            return name
+            return name, commits.digest(content)
+
+
+Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
 
 
 class PartWriter:
     """One part, from its first rows to its closing record."""
 
-    def __init__(self, place: Place, document: PartDocument, budget: int) -> None:
+    def __init__(self, place: Place, document: PartDocument, budget: int, known: Mapping[str, Kind] | None = None) -> None:
+        self._known = known or {}
         self._place = place
         self._document = document
         self._budget = budget
@@ -61,6 +67,7 @@ class PartWriter:
         self.rows: dict[str, int] = {}
         self.written = 0
         self.name = ""
+        self._digest = ""
 
     @property
     def held_bytes(self) -> int:
@@ -74,20 +81,18 @@ class PartWriter:
             SchemaError: other columns, dtypes or shapes than before. BudgetError: the buffers do not fit.
         """
         if not self._schemas:
-            shard_bytes = layout.shard_bytes_for(self._budget, len(given))
-            schemas = {
-                name: _schema(name, column, descriptions.get(name, Description()), shard_bytes) for name, column in given.items()
-            }
+            self._check_known(given)
+            schemas = self._plan(given, descriptions)
             roles = [role for schema in schemas.values() for role in schema.arrays.values()]
-            layout.check_budget(self._budget, [(role.grid, dtypes.stored(role.dtype).itemsize) for role in roles])
             self._schemas, self._buffers = schemas, {role.path: RowBuffer(role) for role in roles}
             self.rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
+        layout.check(self._budget, 0, _size(given))
         self._check(given)
 
     def append(self, given: Mapping[str, Cells]) -> None:
         """Add one row group: cells of every column, consistent with one another and prepared."""
         if not self.name:
-            self.name = claim(self._place, self._document)
+            self.name, self._digest = claim(self._place, self._document)
             self._write_groups()
         for name, column in given.items():
             self._take(self._schemas[name], column)
@@ -104,10 +109,22 @@ class PartWriter:
         self._write_record(kind, tuple(aligned), nonfinite)
         self._place.settle()
 
+    def _plan(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> dict[str, ColumnSchema]:
+        kinds = {name: self._known.get(name, (column.dtype, column.shape)) for name, column in given.items()}
+        arrays = [array for dtype, shape in kinds.values() for array in stored_arrays(dtype, shape)]
+        shard_bytes = layout.shard_bytes_for(self._budget, arrays, _size(given))
+        return {
+            name: column_schema(name, *kind, shard_bytes=shard_bytes, **vars(descriptions.get(name, Description())))
+            for name, kind in kinds.items()
+        }
+
+    def _check_known(self, given: Mapping[str, Cells]) -> None:
+        """A column that the run has from earlier sessions must stay what it is."""
+        for name, column in given.items():
+            _check_kind(name, self._known.get(name, (column.dtype, column.shape)), column)
+
     def _write_groups(self) -> None:
-        folders = {names.to_disk(table) for table in self.rows}
-        folders |= {role.path.rpartition("/")[0] for schema in self._schemas.values() for role in schema.arrays.values()}
-        for folder in sorted(folders):
+        for folder in group_folders(self._schemas.values()):
             self._place.replace(f"parts/{self.name}/{folder}/zarr.json", [zarr_documents.group()])
         for schema in self._schemas.values():
             for role in schema.arrays.values():
@@ -119,11 +136,7 @@ class PartWriter:
             raise SchemaError(f"every append needs the same columns as the first; missing: {missing}, new: {new}")
         for name, column in given.items():
             schema = self._schemas[name]
-            if column.rows and (column.dtype, column.shape) != (schema.dtype, schema.shape):
-                raise SchemaError(
-                    f"column {name!r} holds {schema.dtype} rows of shape {schema.shape}, but got {column.dtype} rows of shape "
-                    f"{column.shape}"
-                )
+            _check_kind(name, (schema.dtype, schema.shape), column)
 
     def _take(self, schema: ColumnSchema, column: Cells) -> None:
         for block in column.blocks:
@@ -167,6 +180,7 @@ class PartWriter:
             number=self._number + 1,
             previous=self._previous,
             kind=kind,
+            document=self._digest,
             rows=self.rows,
             columns={} if self._number else self._schemas,
             array_rows=changed,
@@ -185,10 +199,22 @@ class PartWriter:
         self._committed, self._touched = rows, {}
 
 
-def _schema(name: str, column: Cells, said: Description, shard_bytes: int) -> ColumnSchema:
-    return column_schema(
-        name, column.dtype, column.shape, shard_bytes=shard_bytes, axes=said.axes, site=said.site, attributes=said.attributes
-    )
+def group_folders(schemas: Iterable[ColumnSchema]) -> list[str]:
+    """The folders of a part that are Zarr groups: tables, and columns of several arrays."""
+    paths = [role.path for schema in schemas for role in schema.arrays.values()]
+    return sorted({path.rpartition("/")[0] for path in paths} | {path.partition("/")[0] for path in paths})
+
+
+def _size(given: Mapping[str, Cells]) -> int:
+    return sum(column.nbytes for column in given.values())
+
+
+def _check_kind(name: str, kind: Kind, column: Cells) -> None:
+    if column.rows and (column.dtype, column.shape) != kind:
+        dtype, shape = kind
+        raise SchemaError(
+            f"column {name!r} holds {dtype} rows of shape {shape}, but got {column.dtype} rows of shape {column.shape}"
+        )
 
 
 def shard_path(part: str, array: str, number: int, ndim: int) -> str:

@@ -106,7 +106,7 @@ class Pattern:
     def matches_path(self, site: SiteName) -> bool:
         """Whether the pattern selects this module path and call (and, for regular expressions, port)."""
         if self.text.startswith("re:"):
-            expression = re.compile(self.text[3:])
+            expression = _compiled(self.text)
             return any(expression.fullmatch(text) for text in ((str(site),) if site.port != "out" else (str(site), site.path)))
         found = _SITE.fullmatch(self.text)
         if found is None or (found["call"] is not None and int(found["call"]) != site.call):
@@ -139,10 +139,21 @@ def _in_stack(asked: str | None, stack: str) -> bool:
 
 def _layers(text: str, depth: int) -> Sequence[int]:
     """The layers that an index or slice picks out of `depth`."""
-    bounds = [int(bound) if bound else None for bound in text.split(":")]
+    try:
+        bounds = [int(bound) if bound else None for bound in text.split(":")]
+        chosen = range(depth)[slice(*bounds)]
+    except ValueError:
+        raise SchemaError(f"[{text}] is not an index or slice over layers; write resid_post[-1] or resid_post[0:12:2]") from None
     if len(bounds) == 1 and bounds[0] is not None:
         return [bounds[0] % depth] if -depth <= bounds[0] < depth else []
-    return range(depth)[slice(*bounds)]
+    return chosen
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text[3:])
+    except re.error as error:
+        raise SchemaError(f"{text!r} is not a regular expression: {error}") from None
 
 
 def _segments(path: str) -> list[str]:

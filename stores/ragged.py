@@ -46,7 +46,7 @@ def cells(name: str, values: Any, examples: int, lengths: Lengths) -> Cells:
     if not names.is_ragged(table):
         return _one_block(name, values, examples)
     if table in lengths and not _is_per_example(values):
-        given = np.asarray(lengths[table], np.int64)
+        given = counts(table, lengths[table])
         packed = _one_block(name, values, int(given.sum()))
         return Cells(packed.dtype, packed.shape, packed.blocks, given)
     return _per_example(name, values, examples)
@@ -80,11 +80,27 @@ def _per_example(name: str, values: Any, examples: int) -> Cells:
 
 def _block(name: str, values: Any) -> Array:
     if _is_text(values):
-        return np.array(values, dtype=object)
+        return _text_block(name, values)
     try:
         return dtypes.as_numpy(values)
-    except SchemaError as error:
+    except (SchemaError, ValueError, OverflowError) as error:
         raise SchemaError(f"column {name!r}: {error}") from None
+
+
+def _text_block(name: str, values: Any) -> Array:
+    block = np.array(values, dtype=object)
+    if block.ndim != 1:
+        raise SchemaError(f"column {name!r} holds one text per row, but got texts of shape {block.shape}")
+    names.check_text("".join(map(str, block)), f"column {name!r}")
+    return block
+
+
+def counts(table: str, lengths: Any) -> Array:
+    """Rows per example as given, int64; SchemaError for anything but whole numbers of at least 0."""
+    found = np.asarray(lengths)
+    if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any():
+        raise SchemaError(f"lengths of table {table!r} must be one count of rows per example; got {lengths!r}")
+    return found.astype(np.int64)
 
 
 def _is_text(values: Any) -> bool:
@@ -95,7 +111,7 @@ def _is_text(values: Any) -> bool:
 
 def _checked(name: str, blocks: list[Array], lengths: Array | None) -> Cells:
     filled = [block for block in blocks if len(block)] or blocks[:1]
-    kinds = {(_dtype(block), block.shape[1:]) for block in filled}
+    kinds = {(_dtype(name, block), block.shape[1:]) for block in filled}
     if len(kinds) > 1:
         raise SchemaError(f"column {name!r} is given with several dtypes or shapes: {sorted(map(str, kinds))}")
     if not kinds:
@@ -105,8 +121,11 @@ def _checked(name: str, blocks: list[Array], lengths: Array | None) -> Cells:
     return Cells(dtype, shape, stored, lengths)
 
 
-def _dtype(block: Array) -> str:
-    return dtypes.TEXT if block.dtype == object else dtypes.name_of(block)
+def _dtype(name: str, block: Array) -> str:
+    try:
+        return dtypes.TEXT if block.dtype == object else dtypes.name_of(block)
+    except SchemaError as error:
+        raise SchemaError(f"column {name!r}: {error}") from None
 
 
 def text_bytes(block: Array, offset: int) -> tuple[Array, Array]:

@@ -52,7 +52,7 @@ def open_run(path: str | os.PathLike[str], *, verify: Literal["touch", "off"] = 
     """
     if verify not in ("touch", "off"):
         raise ValueError(f"verify is 'touch' or 'off', not {verify!r}")
-    folder = Path(path)
+    folder = Path(path).absolute()  # the working directory may change while the run is open
     if not folder.is_dir():
         raise NotARunError(f"{folder} is not a tensortape run: there is no such folder")
     return Run(folder, verify=verify == "touch")
@@ -110,7 +110,7 @@ class Run:
         chosen = np.ones(len(self._index), bool)
         for column, wanted in zip(self._index.keys, (id, phase, step), strict=True):
             if wanted is not None:
-                chosen &= column == wanted
+                chosen &= np.array([value == wanted for value in column.tolist()], bool)
         return np.flatnonzero(chosen)
 
     @cached_property
@@ -129,9 +129,11 @@ class Run:
 
     def __getitem__(self, name: str) -> Column:
         """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one."""
-        table, _, short = name.partition("/")
+        table, slash, short = name.partition("/")
         if table in self.tables and short in self.tables[table]:
             return self.tables[table][short]
+        if slash:
+            raise UnknownColumnError(selection.no_such_column(name, self.tables))
         exact = [column for column in self.sites if names.split(column.name)[1] == name]
         found = exact or self.select(name)
         if len(found) > 1:
@@ -184,12 +186,13 @@ class Run:
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one."""
-        return self._place.read(f"assets/{names.to_disk(name)}")
+        there = self._place.names("assets")
+        return self._place.read(f"assets/{name if name in there else names.to_disk(name)}")
 
     @property
     def assets(self) -> list[str]:
-        """Names of the files kept beside the tables."""
-        return [names.from_disk(name) for name in self._place.names("assets")]
+        """Names of the files kept beside the tables (of those that were cut, the name on disk)."""
+        return [name if "~~" in name else names.from_disk(name) for name in self._place.names("assets")]
 
     @property
     def nbytes(self) -> int:

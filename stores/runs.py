@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,11 @@ def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
     """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside."""
     if mode == "overwrite" and place.root.exists() and any(place.root.iterdir()):
         _rename_aside(place)
+    place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     try:
         place.create(ROOT, [zarr_documents.group(document.to_attributes())])
     except FileExistsError:
         raise _exists(place) from None
-    place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     place.settle()
 
 
@@ -55,15 +57,23 @@ def read_document(place: Place, where: str | Path) -> RunDocument:
     return RunDocument.from_attributes(found, str(where))
 
 
-def committed_keys(place: Place, run: str) -> tuple[KeySet, str | None]:
-    """Keys of all committed examples, and the kind of their ids (None while there is none)."""
-    found, kind = KeySet(), None
+@dataclass(frozen=True)
+class Holdings:
+    """What a run holds that a resuming writer must know: keys, the kind of its ids, dtype and shape of its columns."""
+
+    keys: KeySet
+    id_kind: str | None
+    kinds: dict[str, tuple[str, tuple[int, ...]]]
+
+
+def holdings(place: Place, run: str) -> Holdings:
+    """Everything committed so far, by all parts."""
+    found, kinds = KeySet(), dict[str, tuple[str, tuple[int, ...]]]()
     cache = ShardCache(place, verify=True)
     for part in read_parts(place, run):
-        reader = PartReader(part, cache)
-        kind = part.columns["example/id"].dtype
-        found.add(map(keys.digest, *reader.keys()))
-    return found, kind
+        kinds.update({name: (column.dtype, column.shape) for name, column in part.columns.items()})
+        found.add(map(keys.digest, *PartReader(part, cache).keys()))
+    return Holdings(found, kinds.get("example/id", (None,))[0], kinds)
 
 
 def _exists(place: LocalPlace) -> RunExistsError:
@@ -75,7 +85,7 @@ def _exists(place: LocalPlace) -> RunExistsError:
 
 def _continued(place: LocalPlace, about: dict[str, Json]) -> RunDocument:
     document = read_document(place, place.root)
-    differences = sorted(_differences(document.fingerprint, about.get("fingerprint", {})))
+    differences = sorted(_differences(document.fingerprint, json.loads(json.dumps(about.get("fingerprint", {})))))
     if differences:
         raise SchemaError(f"{place.root} was recorded from something else and cannot be resumed: {'; '.join(differences)}")
     return document

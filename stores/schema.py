@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import dtypes, names
-from .errors import FormatVersionError, SchemaError
+from .errors import DamagedError, FormatVersionError, SchemaError
 from .layout import Grid, plan
 
 FORMAT = "tensortape"
@@ -113,6 +113,8 @@ def column_schema(
     """The schema of a new column: where its arrays lie and how they are cut."""
     if 0 in shape:
         raise SchemaError(f"column {name!r} has the feature shape {shape}; every axis needs at least one value")
+    if axes is not None and len(axes) != len(shape):
+        raise SchemaError(f"column {name!r} has the feature shape {shape}, but the axes {axes}; name each feature axis")
     table, column = names.split(name)
     path = f"{names.to_disk(table)}/{names.to_disk(column)}"
     if dtype == dtypes.TEXT:
@@ -121,6 +123,15 @@ def column_schema(
         roles = {"values": (dtype, path)}
     arrays = {role: _array(role, where, kind, shape, shard_bytes) for role, (kind, where) in roles.items()}
     return ColumnSchema(name, dtype, shape, axes or _axes(len(shape)), arrays, site, attributes or {})
+
+
+def stored_arrays(dtype: str, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
+    """(feature shape, itemsize) of the arrays that a column of this logical dtype is kept in; SchemaError for an empty axis."""
+    if 0 in shape:
+        raise SchemaError(f"a column has the feature shape {shape}; every axis needs at least one value")
+    if dtype == dtypes.TEXT:
+        return [((), 1), ((), 8)]
+    return [(shape, dtypes.stored(dtype).itemsize)]
 
 
 def _array(role: str, path: str, dtype: str, shape: tuple[int, ...], shard_bytes: int) -> ArraySchema:
@@ -150,12 +161,11 @@ class RunDocument:
     def from_attributes(cls, attributes: Json, where: str) -> RunDocument:
         """The reverse; FormatVersionError for a newer format."""
         document = _ours(attributes, where)
-        if document["version"] != VERSION:
-            raise FormatVersionError(
-                f"{where} is a tensortape run of format version {document['version']!r}, but this tensortape reads version "
-                f"{VERSION}; update tensortape"
-            )
-        return cls(*(document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")))
+        _check_version(document, where)
+        try:
+            return cls(*(document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")))
+        except KeyError as error:
+            raise DamagedError(f"{where}: the run document has no {error}") from None
 
 
 @dataclass(frozen=True)
@@ -177,10 +187,23 @@ class PartDocument:
     @classmethod
     def from_attributes(cls, attributes: Json, where: str) -> PartDocument:
         """The reverse; FormatVersionError for a rewinding part, which a later version writes."""
-        part = cls(**_ours(attributes, where)["part"])
+        document = _ours(attributes, where)
+        _check_version(document, where)
+        try:
+            part = cls(**document["part"])
+        except (KeyError, TypeError) as error:
+            raise DamagedError(f"{where}: not a part document ({error})") from None
         if part.from_step is not None:
             raise FormatVersionError(f"{where} rewinds to step {part.from_step}; update tensortape to read it")
         return part
+
+
+def _check_version(document: Json, where: str) -> None:
+    if document["version"] != VERSION:
+        raise FormatVersionError(
+            f"{where} is a tensortape run of format version {document['version']!r}, but this tensortape reads version {VERSION}; "
+            "update tensortape"
+        )
 
 
 def _ours(attributes: Json, where: str) -> Json:

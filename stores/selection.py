@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .columns import Column
+from .columns import Column, Table
 from .errors import UnknownColumnError
 from .patterns import Alias, Pattern, SiteName
 
@@ -19,6 +19,14 @@ def select(columns: Sequence[Column], patterns: Sequence[str]) -> list[Column]:
             raise UnknownColumnError(_nothing(text, columns))
         chosen.update(found)
     return [column for column in columns if column.name in chosen]
+
+
+def no_such_column(name: str, tables: Mapping[str, Table]) -> str:
+    """The message for a column that there is not."""
+    known = [f"{table.name}/{column}" for table in tables.values() for column in table]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    closest = f"; the closest are {', '.join(map(repr, near))}" if near else ""
+    return f"the run has no column {name!r}{closest}"
 
 
 def site_name(column: Column) -> SiteName:

@@ -10,8 +10,10 @@ from typing import Any
 from . import runs, zarr_documents
 from .errors import StoreError
 from .part_reader import ArrayReader, PartReader
-from .part_state import read_part
+from .part_state import PartState, claimed_parts, read_part
+from .parts import group_folders
 from .places import LocalPlace, Place
+from .schema import Json
 from .shard_cache import ShardCache
 
 
@@ -54,10 +56,16 @@ def verify_run(path: Path) -> Verification:
     place = LocalPlace(path)
     uid = runs.read_document(place, path).uid
     checks = _Checks(place)
-    for name in place.names("parts"):
-        if name != "zarr.json":
-            checks.part(uid, name)
+    checks.groups_above()
+    for name in claimed_parts(place):
+        checks.part(uid, name)
     return Verification(str(path), checks.shards, checks.nbytes, tuple(checks.damaged))
+
+
+def _path_in(error: Exception, otherwise: str) -> str:
+    """The object an error's message begins with."""
+    path, colon, _ = str(error).partition(":")
+    return path if colon and path.startswith("parts/") else otherwise
 
 
 class _Checks:
@@ -68,29 +76,45 @@ class _Checks:
         self.nbytes = 0
         self.damaged: list[Damage] = []
 
+    def groups_above(self) -> None:
+        if self._content("parts/zarr.json") != zarr_documents.group():
+            self.damaged.append(Damage("parts/zarr.json", "the group document is missing or damaged"))
+
     def part(self, run: str, name: str) -> None:
         try:
             state = read_part(self._place, run, name)
         except (StoreError, OSError) as error:
-            self.damaged.append(Damage(f"parts/{name}", str(error)))
+            self.damaged.append(Damage(_path_in(error, f"parts/{name}"), str(error)))
             return
         reader = PartReader(state, self._cache)
+        self._groups(name, state)
         for column in state.columns.values():
             for role in column.arrays.values():
-                self._document(f"parts/{name}/{role.path}/zarr.json", reader.array(role))
+                document = zarr_documents.array(column, role)
+                self._document(f"parts/{name}/{role.path}/zarr.json", document, reader.array(role).rows)
                 self._array(reader, role.path, reader.array(role))
 
-    def _document(self, path: str, array: ArrayReader) -> None:
-        """A foreign reader depends on the shape in the array document; it may be ahead of the commit, never behind."""
+    def _groups(self, name: str, state: PartState) -> None:
+        """The groups that a foreign reader needs to find the arrays below."""
+        expected = zarr_documents.group()
+        for folder in group_folders(state.columns.values()):
+            path = f"parts/{name}/{folder}/zarr.json"
+            if self._content(path) != expected:
+                self.damaged.append(Damage(path, "the group document is missing or damaged"))
+
+    def _document(self, path: str, document: Json, rows: int) -> None:
+        """Foreign readers go by it: it must say what the schema says; its rows may be ahead of the commit, never behind."""
+        stated = zarr_documents.rows_of(self._content(path), document)
+        if stated is None:
+            self.damaged.append(Damage(path, "the array document is missing or damaged"))
+        elif stated < rows:
+            self.damaged.append(Damage(path, f"states {stated} rows, but {rows} are committed"))
+
+    def _content(self, path: str) -> bytes:
         try:
-            shape = zarr_documents.shape_of(self._place.read(path))
-        except (OSError, ValueError, KeyError) as error:
-            self.damaged.append(Damage(path, f"not an array document ({error})"))
-            return
-        if shape[0] < array.rows or shape[1:] != array.geometry.shape:
-            self.damaged.append(
-                Damage(path, f"states the shape {shape}, but {array.rows} rows of {array.geometry.shape} are committed")
-            )
+            return self._place.read(path)
+        except OSError:
+            return b""
 
     def _array(self, reader: PartReader, array_path: str, array: ArrayReader) -> None:
         for number, path, sealed in array.shards():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import uuid
-import weakref
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from . import keys, layout, names, runs
 from .cadence import Cadence
 from .dtypes import TEXT
-from .errors import BrokenWriterError, BudgetError, KeyRepeatedError, SchemaError
+from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
 from .keys import KeySet
 from .parts import Description, PartWriter, start_columns
 from .places.local import Durability, LocalPlace
@@ -59,7 +59,7 @@ class RunWriter:
         memory_budget: int = layout.DEFAULT_BUDGET,
         about: Mapping[str, Json] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the working directory may change while the writer lives
         self._budget = memory_budget
         self._place = LocalPlace(self.path, durability)
         self._mode = mode
@@ -73,12 +73,10 @@ class RunWriter:
         self._broken: BaseException | None = None
         self._closed = False
         self._pid = os.getpid()
-        self.committed_ids = KeySet()
-        self._id_kind: str | None = None
-        if self._started:
-            self.committed_ids, self._id_kind = runs.committed_keys(self._place, self._run.uid)
-        self._part = self._new_part()
-        atexit.register(_close_at_exit, weakref.ref(self))
+        held = runs.holdings(self._place, self._run.uid) if self._started else runs.Holdings(KeySet(), None, {})
+        self.committed_ids, self._id_kind = held.keys, held.id_kind
+        self._part = PartWriter(self._place, self._part_document(), memory_budget, held.kinds)
+        atexit.register(self.close)  # also what is forgotten is committed
 
     @property
     def uid(self) -> str:
@@ -90,6 +88,8 @@ class RunWriter:
     ) -> None:
         """Say what a column is, before the first append: names of its feature axes, its site, attributes for all readers."""
         names.split(column)
+        for said in (site, attributes):
+            _check_json(column, said)
         self._descriptions[column] = Description(axes, site, attributes or {})
 
     def add_asset(self, name: str, content: bytes) -> None:
@@ -122,18 +122,19 @@ class RunWriter:
         """
         self._check_usable()
         ids = keys.normalise(ids)
+        keys.check_key(phase, step)
         if not ids:
             return
         digests = self._check_ids(ids, phase, step)
-        given = self._cells(ids, columns, lengths or {}, phase, step)
-        self._check_size(given)
+        given = self._cells(ids, columns, lengths or {}, phase, int(step))
         self._part.prepare(given, self._descriptions)
         with _Breaks(self):
             self._start()
             self._part.append(given)
         self._pending.update(digests)
+        self._id_kind = keys.kind_of(ids)
         for name, count in (nonfinite or {}).items():
-            self._nonfinite[name] = self._nonfinite.get(name, 0) + count
+            self._nonfinite[name] = self._nonfinite.get(name, 0) + int(count)
         if self._cadence.due(sum(column.nbytes for column in given.values()), self._part.held_bytes):
             self.commit()
 
@@ -150,6 +151,7 @@ class RunWriter:
         if self._part.name:
             self._commit("closed")
         self._closed = True
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -172,9 +174,8 @@ class RunWriter:
                 self._place.create(f"assets/{name}", [content])
         self._assets = {}
 
-    def _new_part(self) -> PartWriter:
-        document = PartDocument(run=self._run.uid, session=self._session, writer=f"tensortape {version('tensortape')}")
-        return PartWriter(self._place, document, self._budget)
+    def _part_document(self) -> PartDocument:
+        return PartDocument(run=self._run.uid, session=self._session, writer=f"tensortape {version('tensortape')}")
 
     def _commit(self, kind: str) -> None:
         with _Breaks(self), self._cadence:
@@ -193,8 +194,7 @@ class RunWriter:
             raise BrokenWriterError("this writer is closed")
 
     def _check_ids(self, ids: keys.Ids, phase: str, step: int) -> list[bytes]:
-        self._id_kind = self._id_kind or keys.kind_of(ids)
-        if keys.kind_of(ids) != self._id_kind:
+        if self._id_kind not in (None, keys.kind_of(ids)):
             raise SchemaError(f"this run's ids are {self._id_kind}, but got {ids[0]!r}; ids are of one kind throughout a run")
         keys.check_unique(ids)
         digests = keys.digests(ids, phase, step)
@@ -203,23 +203,15 @@ class RunWriter:
                 raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
         return digests
 
-    def _check_size(self, given: Mapping[str, Cells]) -> None:
-        size = sum(column.nbytes for column in given.values())
-        if 2 * size > self._budget:
-            raise BudgetError(
-                f"one append of {size} bytes needs a memory budget of at least {2 * size} ({2 * size / 2**20:.0f} MiB: half for "
-                f"what is appended, half for buffers), but the budget is {self._budget}; raise memory_budget= or append less"
-            )
-
     def _cells(self, ids: keys.Ids, columns: Mapping[str, Any], lengths: Lengths, phase: str, step: int) -> dict[str, Cells]:
         for name in columns:
-            _refuse_reserved(name)
+            names.refuse_bookkeeping(name)
         given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
         found = lengths_of(given, lengths, len(ids))
         return {
             **given,
             **start_columns(found, self._part.rows),
-            "example/id": Cells(keys.kind_of(ids), (), [np.array(ids, object if self._id_kind == TEXT else np.int64)], None),
+            "example/id": Cells(keys.kind_of(ids), (), [np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64)], None),
             "example/phase": Cells(TEXT, (), [np.full(len(ids), phase, object)], None),
             "example/step": Cells("int64", (), [np.full(len(ids), step, np.int64)], None),
         }
@@ -238,12 +230,8 @@ class _Breaks:
             self._writer._broken = error
 
 
-def _refuse_reserved(name: str) -> None:
-    if name in ("example/id", "example/phase", "example/step") or name.startswith(("example/start.", "example/length.")):
-        raise SchemaError(f"column {name!r} is written by the run itself; give ids=, phase=, step= or one array per example")
-
-
-def _close_at_exit(reference: weakref.ref[RunWriter]) -> None:
-    writer = reference()
-    if writer is not None:
-        writer.close()
+def _check_json(column: str, said: Json | None) -> None:
+    try:
+        json.dumps(said, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"what is said of column {column!r} is not JSON: {error}") from None

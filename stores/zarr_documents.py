@@ -27,7 +27,7 @@ def group(attributes: Json | None = None) -> bytes:
 
 def array(column: ColumnSchema, role: ArraySchema) -> Json:
     """The document of one array of a column, still without rows; `with_rows` makes it a file."""
-    attributes = {"logical_dtype": role.dtype, "column": column.name, **column.attributes}
+    attributes = {**column.attributes, "logical_dtype": role.dtype, "column": column.name}
     return {**_plain_array(role.dtype, role.shape, role.grid, _dimensions(column, role)), "attributes": attributes}
 
 
@@ -36,9 +36,14 @@ def with_rows(document: Json, rows: int) -> bytes:
     return _file({**document, "shape": [rows, *document["shape"][1:]]})
 
 
-def shape_of(document: bytes) -> tuple[int, ...]:
-    """The shape an array document states."""
-    return tuple(json.loads(document)["shape"])
+def rows_of(file: bytes, document: Json) -> int | None:
+    """The rows that an array's file states; None if in anything else it differs from the array's document."""
+    try:
+        found = json.loads(file)
+        rows = int(found["shape"][0])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return rows if found == json.loads(with_rows(document, rows)) else None
 
 
 def _dimensions(column: ColumnSchema, role: ArraySchema) -> tuple[str, ...]:

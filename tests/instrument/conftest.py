@@ -14,6 +14,15 @@ from tensortape.instrument import Recorder
 from tensortape.stores import Run, open_run
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are faster on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., Recorder]]:
     """Makes recorders, each with a run of its own unless told `to`; closes them at the end."""
@@ -30,14 +39,19 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Recorder]]:
         recorder.close()
 
 
-def opened(recorder: Recorder) -> Run:
-    """The run of a recorder, which is closed first."""
-    recorder.close()
-    return open_run(recorder.writer.path)
+@pytest.fixture
+def opened() -> Callable[[Recorder], Run]:
+    """Opens the run of a recorder, which is closed first."""
+
+    def run_of(recorder: Recorder) -> Run:
+        recorder.close()
+        return open_run(recorder.writer.path)
+
+    return run_of
 
 
 @pytest.fixture
-def recorded(make: Callable[..., Recorder]) -> Callable[..., Run]:
+def recorded(make: Callable[..., Recorder], opened: Callable[[Recorder], Run]) -> Callable[..., Run]:
     """Records one forward of a model and opens the run."""
 
     def one(model: Any, sites: Any, inputs: dict[str, Any], ids: Any = None, **given: Any) -> Run:

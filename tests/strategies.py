@@ -1,0 +1,136 @@
+"""What several tests share: random values of every dtype, small chunks, and runs to write."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from tensortape.stores import RunWriter, layout
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    **{name: np.dtype(name) for name in ("float16", "float32", "float64", "int64", "int8", "uint8", "bool")},
+}
+
+# NaNs with payloads (quiet and signalling), both infinities, -0.0, the smallest and the largest subnormal.
+SPECIAL_BITS = {
+    "bfloat16": (0x7FC1, 0xFFA5, 0x7F80, 0xFF80, 0x8000, 0x0001, 0x007F),
+    "float16": (0x7E01, 0xFD55, 0x7C00, 0xFC00, 0x8000, 0x0001, 0x03FF),
+    "float32": (0x7FC00001, 0xFFA55555, 0x7F800000, 0xFF800000, 0x80000000, 0x00000001, 0x007FFFFF),
+    "float64": (0x7FF8 << 48 | 1, 0xFFF5 << 48 | 5, 0x7FF0 << 48, 0xFFF0 << 48, 1 << 63, 1, (1 << 52) - 1),
+}
+
+
+def random_values(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    """Values of any bit pattern, a quarter of them special where the dtype has special ones."""
+    kind = DTYPES[dtype]
+    if dtype == "bool":
+        return rng.integers(0, 2, shape).astype(bool)
+    values = np.frombuffer(rng.bytes(math.prod(shape) * kind.itemsize), f"<u{kind.itemsize}").reshape(shape).copy()
+    if dtype in SPECIAL_BITS:
+        special = rng.choice(np.array(SPECIAL_BITS[dtype], values.dtype), shape)
+        values = np.where(rng.random(shape) < 0.25, special, values)
+    return values.view(kind)
+
+
+def bits(values: Any) -> np.ndarray:
+    """The bits of an array, as unsigned integers of the same width."""
+    array = np.ascontiguousarray(values)
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def same_bits(found: Any, expected: Any) -> bool:
+    """Whether two arrays have one shape, one width and the same bits."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    if found.shape != expected.shape or found.dtype.itemsize != expected.dtype.itemsize:
+        return False
+    return np.array_equal(bits(found), bits(expected))
+
+
+@contextmanager
+def small_chunks(rows: int = 8, chunk_bytes: int = 256, shard_bytes: int = 1024) -> Iterator[None]:
+    """Chunks of a few rows, so that a kilobyte fills a shard. Grids are part of a run: reading needs nothing of this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "CHUNK_ROWS", rows)
+        patch.setattr(layout, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(layout, "SHARD_BYTES", shard_bytes)
+        yield
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A column to be drawn: its name, dtype and feature shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether an example owns any number of rows."""
+        return not self.name.startswith("example/")
+
+    def values(self, rng: np.random.Generator, lengths: Sequence[int]) -> Any:
+        """What `append` takes: one array per example, or one array over the examples."""
+        if self.ragged:
+            return [random_values(rng, self.dtype, (length, *self.shape)) for length in lengths]
+        return random_values(rng, self.dtype, (len(lengths), *self.shape))
+
+
+feature_shapes = st.one_of(st.lists(st.integers(1, 7), max_size=2), st.lists(st.integers(1, 3), min_size=3, max_size=3)).map(tuple)
+
+
+def features(tables: Sequence[str] = ("token", "token.image", "example")) -> st.SearchStrategy[list[Feature]]:
+    """One to six columns of any dtype and feature shape."""
+    parts = st.tuples(st.sampled_from(tables), st.sampled_from(sorted(DTYPES)), feature_shapes)
+    return st.lists(parts, min_size=1, max_size=6).map(
+        lambda drawn: [Feature(f"{table}/c{number}", dtype, shape) for number, (table, dtype, shape) in enumerate(drawn)]
+    )
+
+
+lengths = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+seeds = st.integers(0, 2**32 - 1)
+unicode_names = st.text(min_size=1, max_size=120)
+
+
+def writer_at(path: Path, mode: str = "create", **options: Any) -> RunWriter:
+    """A writer that does not sync: tests that are not about power losses use it."""
+    return RunWriter(path, mode=mode, **{"durability": "rename", **options})
+
+
+def files_below(path: Path) -> dict[str, bytes]:
+    """Every file of a folder and what it holds."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def put(path: Path, content: bytes) -> None:
+    """Give a file other content, as a new file: what is mapped of the old one stays as it is."""
+    other = path.with_name(f"{path.name}.other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
+def flip(path: Path, position: int, mask: int = 0x01) -> bytes:
+    """Change bits of one byte of a file; the file's bytes as they were, to put back."""
+    before = path.read_bytes()
+    changed = bytearray(before)
+    changed[position] ^= mask
+    put(path, bytes(changed))
+    return before
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Change the document in a file."""
+    document = json.loads(path.read_bytes())
+    change(document)
+    put(path, json.dumps(document).encode())
