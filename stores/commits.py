@@ -3,8 +3,9 @@
 A record is one JSON file, `commits/<number>.json`, numbered from 1 without gaps in its part, created once and never replaced. It
 looks like `{"crc32c":"0a1b2c3d","record":{...}}`; the checksum covers the bytes of the inner object exactly as they stand in the
 file, so checking needs no canonical form of JSON. Each record carries the run's uid, its part, and the SHA-256 of the record before
-it. It states the rows of every table, and for every shard touched since the last record its rows and one crc32c per chunk over the
-committed rows; of several records that name a shard the last one counts.
+it; once a part is closed, `end.json` repeats the number and digest of its last record. A record states the rows of every table, and
+for every shard touched since the last record its rows and one crc32c per chunk over the committed rows; of several records that
+name a shard the last one counts.
 """
 
 from __future__ import annotations
@@ -116,6 +117,16 @@ class Record:
 def path_of(part: str, number: int) -> str:
     """Where a record lies."""
     return f"parts/{part}/commits/{number:012d}.json"
+
+
+def end_path(part: str) -> str:
+    """Where a closed part states which record is its last, so that a missing one is noticed."""
+    return f"parts/{part}/end.json"
+
+
+def end(number: int, last: str) -> bytes:
+    """The file at `end_path`: number and digest of the last record."""
+    return json.dumps({"number": number, "digest": last}).encode()
 
 
 def digest(data: bytes) -> str:

@@ -80,11 +80,21 @@ def read_part(place: Place, run: str, name: str) -> PartState:
     except FileNotFoundError:
         raise DamagedError(f"{where}: the part document is missing") from None
     part = PartState(name, PartDocument.from_attributes(attributes(place, where), where))
-    for record in _records(place, run, name):
+    last = ""
+    for record, last in _records(place, run, name):
         if record.document != stated:
             raise DamagedError(f"{where}: the part document is not the one that its commit records name")
         part.apply(record)
+    _check_end(place, name, commits.end(part.commits, last))
     return part
+
+
+def _check_end(place: Place, part: str, found: bytes) -> None:
+    path = commits.end_path(part)
+    if path.rpartition("/")[2] in place.names(path.rpartition("/")[0]) and place.read(path) != found:
+        raise DamagedError(
+            f"{path}: the part was closed by another commit record than the last one found; some are missing or damaged"
+        )
 
 
 def attributes(place: Place, path: str) -> Json:
@@ -99,7 +109,7 @@ def attributes(place: Place, path: str) -> Json:
     return found
 
 
-def _records(place: Place, run: str, part: str) -> Iterator[Record]:
+def _records(place: Place, run: str, part: str) -> Iterator[tuple[Record, str]]:
     previous = ""
     found = [name for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
     for number, name in enumerate(found, start=1):
@@ -111,4 +121,4 @@ def _records(place: Place, run: str, part: str) -> Iterator[Record]:
         if (record.run, record.part, record.number, record.previous) != (run, part, number, previous):
             raise DamagedError(f"{path}: this commit record belongs to another run, part or place in the sequence")
         previous = commits.digest(data)
-        yield record
+        yield record, previous

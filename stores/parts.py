@@ -108,6 +108,9 @@ class PartWriter:
             self._place.settle()
         self._write_record(kind, tuple(aligned), nonfinite)
         self._place.settle()
+        if kind == "closed":
+            self._place.create(commits.end_path(self.name), [commits.end(self._number, self._previous)])
+            self._place.settle()
 
     def _plan(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> dict[str, ColumnSchema]:
         kinds = {name: self._known.get(name, (column.dtype, column.shape)) for name, column in given.items()}

@@ -206,6 +206,8 @@ class RunWriter:
     def _cells(self, ids: keys.Ids, columns: Mapping[str, Any], lengths: Lengths, phase: str, step: int) -> dict[str, Cells]:
         for name in columns:
             names.refuse_bookkeeping(name)
+            if names.split(name)[0] == "step":
+                raise SchemaError(f"column {name!r}: rows of the step table belong to training steps, not to examples")
         given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
         found = lengths_of(given, lengths, len(ids))
         return {

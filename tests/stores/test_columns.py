@@ -332,14 +332,12 @@ def test_a_run_without_a_table_has_an_empty_data_frame(tmp_path):
     assert run.steps.empty
 
 
-def test_the_step_table_can_be_read(tmp_path):
-    """A column of the step table is accepted: then the run can be shown, and its steps are a data frame."""
+def test_rows_of_the_step_table_are_not_rows_of_examples(tmp_path):
     with writer_at(tmp_path / "run.zarr") as writer:
-        writer.append(ids=["a", "b"], columns={"step/loss": [0.5, 0.25]})
-    run = open_run(tmp_path / "run.zarr")
-    assert run["step/loss"].rows().tolist() == [0.5, 0.25]
-    assert run.steps["loss"].tolist() == [0.5, 0.25]
-    assert "step" in repr(run)
+        with pytest.raises(SchemaError, match="step table"):
+            writer.append(ids=["a", "b"], columns={"step/loss": [0.5, 0.25]})
+        writer.append(ids=["a"], columns={"example/y": [1]})
+    assert open_run(tmp_path / "run.zarr").steps.empty
 
 
 def test_pair_tables_are_ragged_too(tmp_path):

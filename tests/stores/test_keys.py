@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,6 +130,20 @@ def test_keys_whose_digest_ends_in_a_zero_byte_are_found_after_merging(monkeypat
     held.add(map(digest, ending_in_zero))
     assert [number for number in ending_in_zero if number not in held] == []
     assert [number for number in range(3000) if number in held] == ending_in_zero
+
+
+def test_looking_up_a_key_takes_no_memory_that_grows_with_the_set(monkeypatch):
+    """A copy of all keys for each look-up would make a large run quadratic."""
+    monkeypatch.setattr(keys, "_MERGE_AT", 1000)
+    held = KeySet()
+    held.add(digest(number) for number in range(70_000))
+    tracemalloc.start()
+    try:
+        assert [number in held for number in (0, 69_999, 70_000)] == [True, True, False]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 10
 
 
 def test_content_ids_depend_on_tokens_alone():

@@ -38,6 +38,8 @@ class RunMachine(RuleBasedStateMachine):
         self.count = self.added = 0
 
     def teardown(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # Writing.

