@@ -37,6 +37,7 @@ class PartState:
     aligned: tuple[tuple[str, int, int], ...] = ()
     nonfinite: dict[str, int] = field(default_factory=dict)
     closed: bool = False
+    last: str = ""  # digest of the last record
     commits: int = 0
     written: int = 0
 
@@ -80,21 +81,19 @@ def read_part(place: Place, run: str, name: str) -> PartState:
     except FileNotFoundError:
         raise DamagedError(f"{where}: the part document is missing") from None
     part = PartState(name, PartDocument.from_attributes(attributes(place, where), where))
-    last = ""
-    for record, last in _records(place, run, name):
+    for record, digest in _records(place, run, name):
         if record.document != stated:
             raise DamagedError(f"{where}: the part document is not the one that its commit records name")
         part.apply(record)
-    _check_end(place, name, commits.end(part.commits, last))
+        part.last = digest
+    _check_end(place, part)
     return part
 
 
-def _check_end(place: Place, part: str, found: bytes) -> None:
-    path = commits.end_path(part)
-    if path.rpartition("/")[2] in place.names(path.rpartition("/")[0]) and place.read(path) != found:
-        raise DamagedError(
-            f"{path}: the part was closed by another commit record than the last one found; some are missing or damaged"
-        )
+def _check_end(place: Place, part: PartState) -> None:
+    path = commits.end_path(part.name)
+    if "end.json" in place.names(f"parts/{part.name}") and place.read(path) != commits.end(part.commits, part.last):
+        raise DamagedError(f"{path}: the part was closed by another commit record than the last one that is there")
 
 
 def attributes(place: Place, path: str) -> Json:
