@@ -2,6 +2,7 @@
 
 Run as `python examples/train_demo_model.py --out app/model`. It needs no network: the data are the standard library
 files of the running interpreter. With the same Python, package versions and number of threads the run repeats.
+On a machine that is busy with other work, OMP_WAIT_POLICY=PASSIVE in the environment makes it many times faster.
 """
 
 import argparse
@@ -359,8 +360,8 @@ The split is by file, one in twenty held out by a hash of its path. The tokenize
         --context {context} --rate {rate} --other-rate {other_rate} --threads {threads}
 
 Seed {seed}; {steps} steps of {batch} windows of {context} tokens, {seen_tokens:,} tokens in all. Muon for the matrices
-of the layers and AdamW for the rest, linear warm-up and cosine decay. The whole command took {minutes:.1f} minutes on
-{threads} CPU threads that it shared with other work. Versions: {versions}.
+of the layers and AdamW for the rest, linear warm-up and cosine decay. The whole command took {minutes:.1f} minutes of wall
+time on {threads} CPU threads. Versions: {versions}.
 
 ## Quality
 
@@ -377,8 +378,8 @@ half:
 
 - A demo model: it shows real structure of Python code, but is not meant for generation, completion or any other use
   of its output.
-- It was trained on windows of {context} tokens. The config allows {config.max_position_embeddings}; with windows of that
-  size the held-out loss is {long_scores.loss:.4f} and the accuracy {long_scores.accuracy:.2%}.
+- It was trained on windows of {context} tokens. The config allows {config.max_position_embeddings}; with windows of
+  that size the held-out loss is {long_scores.loss:.4f} and the accuracy {long_scores.accuracy:.2%}.
 - It knows ASCII standard-library style Python and hardly any other text; other characters fall apart into bytes.
 - Held-out files share authors, style and sometimes passages with the training files, so the numbers say little about
   other code.

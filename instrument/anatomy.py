@@ -95,29 +95,47 @@ def _embedding(model: nn.Module, stack: Stack) -> Iterator[tuple[Alias, SiteName
     if beside:
         yield Alias(stack.name, "embed"), SiteName(beside[0])
         return
-    wanted = _input_embedding(model)
+    wanted = _input_embedding(model, stack.parent)
     yield from ((Alias(stack.name, "embed"), SiteName(path)) for path, module in named(model) if module is wanted)
 
 
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    try:
-        found: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    return found
+def _input_embedding(model: nn.Module, path: str) -> nn.Module | None:
+    """What the nearest module above `path` that knows names as its input embedding; else the first nn.Embedding."""
+    modules = dict(named(model))
+    while True:
+        known = getattr(modules.get(path), "get_input_embeddings", None)
+        try:
+            found = known() if known is not None else None
+        except (AttributeError, NotImplementedError):
+            found = None
+        if isinstance(found, nn.Module):
+            return found
+        if not path:
+            return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+        path = _parent(path)
 
 
 def _stack(model: nn.Module, path: str, blocks: list[tuple[str, nn.Module]], *, name: str) -> Stack:
     config, family = _family(model, path, blocks[0][1])
-    repeats = int(getattr(config, family.repeats)) if family is not None and family.repeats else 1
     first_names = {id(module): block for block, module in reversed(blocks)}
-    chain = [(first_names[id(module)], module) for _, module in blocks] * (repeats // len(blocks) if repeats > 1 else 1)
+    chain = _in_order_of_calls([(first_names[id(module)], block) for block, module in blocks], config, family)
     calls: dict[str, int] = {}
     counted = []
-    for block, _ in chain:
+    for block in chain:
         calls[block] = calls.get(block, 0) + 1
         counted.append(Block(block, calls[block]))
     return Stack(name, _parent(path), tuple(counted), family)
+
+
+def _in_order_of_calls(blocks: list[tuple[str, str]], config: Any, family: Family | None) -> list[str]:
+    """Module paths, layer by layer. `blocks` are (path, place); where a family repeats them, groups take turns as in ALBERT."""
+    if family is None or family.repeats is None:
+        return [path for path, _ in blocks]
+    groups: dict[str, list[str]] = {}
+    for path, place in blocks:
+        groups.setdefault(_parent(place), []).append(path)
+    layers, ordered = int(getattr(config, family.repeats)), list(groups.values())
+    return [path for layer in range(layers) for path in ordered[layer * len(ordered) // layers]]
 
 
 def _family(model: nn.Module, path: str, block: nn.Module) -> tuple[Any, Family | None]:
@@ -127,8 +145,13 @@ def _family(model: nn.Module, path: str, block: nn.Module) -> tuple[Any, Family 
         config = getattr(modules.get(path), "config", None)
         found = family_of(getattr(config, "model_type", "")) if config is not None else None
         if found is not None or not path:
-            return config, found or family_of(type(block).__name__)
+            return config, found or _family_by_class(block)
         path = _parent(path)
+
+
+def _family_by_class(block: nn.Module) -> Family | None:
+    """By the block's class, or one it is derived from (fully_shard derives one)."""
+    return next(filter(None, (family_of(kind.__name__) for kind in type(block).__mro__)), None)
 
 
 def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:

@@ -24,6 +24,7 @@ from .sites import Tap
 from .streams import MAIN, Stream, table_of
 
 DECODER = "decoder"
+Key = tuple[SiteName, str | None]  # a site, and how it is reduced
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Batch:
     model: nn.Module
     pins: Pins
     recorded: bool = True
-    captures: dict[SiteName, Capture] = field(default_factory=dict)
+    captures: dict[Key, Capture] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     forwards: int = 0
     error: Exception | None = None
@@ -76,6 +77,10 @@ class Batch:
         stream = main_stream(
             arguments, tokens=given.tokens, mask=given.mask, segments=given.segments, examples=self._expected_examples(arguments)
         )
+        if given.examples is None and (stream is None or stream.tokens is None):
+            raise BatchError(
+                "ids='content' hashes the tokens of each example, but this call shows none; give ids, or batch(tokens=...)"
+            )
         if stream is not None:
             self.streams[MAIN] = stream
             warn_of_positions(self.model, stream)
@@ -90,13 +95,14 @@ class Batch:
     def captured(self, tap: Tap, site: SiteName, tensor: torch.Tensor) -> None:
         """A tapped tensor."""
         if self.forwards == 1 and self.error is None:
-            self.captures[site] = capture(tap, site, tensor, self.pins, self.streams, self._input_rows, self._examples)
+            taken = capture(tap, site, tensor, self.pins, self.streams, self._input_rows, self._examples)
+            self.captures[site, tap.options.reduce] = taken
 
     def failed(self, error: Exception) -> None:
         """Remember the first thing that went wrong in a hook."""
         self.error = self.error or error
 
-    def check(self, taps: list[Tap], expected: set[SiteName] | None) -> None:
+    def check(self, taps: list[Tap], expected: set[Key] | None) -> None:
         """Raise what went wrong in the batch, if anything; `expected` are the sites of earlier batches."""
         if self.error is not None:
             raise self.error
@@ -165,7 +171,7 @@ class Batch:
     def _expected_examples(self, arguments: Mapping[str, Any]) -> int:
         if self.given.examples is not None:
             return self.given.examples
-        first = next((value for value in arguments.values() if isinstance(value, torch.Tensor)), None)
+        first = next((value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim), None)
         return 0 if first is None else len(first)
 
     def _check_examples(self, stream: Stream | None) -> None:
@@ -178,8 +184,8 @@ class Batch:
             )
 
     def _check_first(self, taps: list[Tap]) -> None:
-        reached = {(site.path, site.port) for site in self.captures}
-        calls = {(site.path, site.port, site.call) for site in self.captures}
+        reached = {(site.path, site.port) for site, _ in self.captures}
+        calls = {(site.path, site.port, site.call) for site, _ in self.captures}
         for tap in taps:
             if (tap.path, tap.port) not in reached if tap.call is None else (tap.path, tap.port, tap.call) not in calls:
                 raise SiteNotFoundError(
@@ -188,10 +194,10 @@ class Batch:
                     + " (some modules only hold weights that their parent uses); choose another site"
                 )
 
-    def _check_same(self, taps: list[Tap], expected: set[SiteName]) -> None:
+    def _check_same(self, taps: list[Tap], expected: set[Key]) -> None:
         optional = {(tap.path, tap.port) for tap in taps if tap.options.missing == "absent"}
-        missing = sorted(str(site) for site in expected - self.captures.keys() if (site.path, site.port) not in optional)
-        new = sorted(str(site) for site in self.captures.keys() - expected)
+        missing = sorted(str(site) for site, _ in expected - self.captures.keys() if (site.path, site.port) not in optional)
+        new = sorted(str(site) for site, _ in self.captures.keys() - expected)
         if missing or new:
             what = f"did not run: {', '.join(missing)}" if missing else f"ran for the first time: {', '.join(new)}"
             raise SiteNotFoundError(
@@ -209,7 +215,13 @@ def keep(rows: Rows, wanted: Array) -> Rows:
         packed = is_ragged(table) and not isinstance(values, list)
         columns[name] = values[tokens[table]] if packed else [values[number] for number in chosen]
     lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items()}
-    return Rows([rows.ids[number] for number in chosen], columns, lengths, rows.nonfinite)  # type: ignore[arg-type]
+    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items()}
+    return Rows([rows.ids[number] for number in chosen], columns, lengths, nonfinite)  # type: ignore[arg-type]
+
+
+def _nonfinite(rows: Any) -> int:
+    found = np.asarray(rows)
+    return int((~np.isfinite(found.reshape(len(found), -1).astype(np.float64))).any(1).sum())
 
 
 def _positions(stream: Stream) -> Array:

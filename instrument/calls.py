@@ -14,6 +14,7 @@ from .streams import Stream, keep_mask, segments_of
 
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "position_embedding")
 _DERIVES_POSITIONS = ("opt", "roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "esm")
+_NOT_TOKENS = ("mask", "position_ids", "type_ids", "labels")
 IGNORED_LABEL = -100
 
 
@@ -32,17 +33,28 @@ def main_stream(
         tokens, mask, segments: what the user gave, which counts more.
         examples: number of ids; more than there are rows means packed rows.
     """
-    tokens = tokens if tokens is not None else _tokens(arguments)
+    seen = _tokens(arguments)
+    if tokens is not None and seen is not None and tokens.shape != seen.shape:
+        raise BatchError(f"the tokens given have the shape {list(tokens.shape)}, but the model is called with {list(seen.shape)}")
+    tokens = tokens if tokens is not None else seen
     given = mask if mask is not None else _mask(arguments)
+    if mask is not None and seen is not None and mask.shape != seen.shape:
+        raise BatchError(f"the mask given has the shape {list(mask.shape)}, but the model is called with {list(seen.shape)}")
     sample = next((value for value in (tokens, arguments.get("inputs_embeds"), given) if isinstance(value, torch.Tensor)), None)
     if sample is None:
         return None
     rows, width = sample.shape[:2]
     positions = _grid(arguments.get("position_ids"), rows, width)
     keep = None if given is None else keep_mask(given, rows, width)
+    if segments is not None and tuple(segments.shape) != (rows, width):
+        raise BatchError(
+            f"the segments given have the shape {list(segments.shape)}, but the batch has {rows} rows of {width} positions"
+        )
     if segments is None and examples != rows and positions is not None:
         segments = segments_of(positions)
-    return Stream(rows, width, None if keep is None or bool(keep.all()) else keep, segments, tokens, positions)
+    # The model may change its inputs in place, so what goes to the disk is copied now.
+    copied = None if tokens is None else tokens.detach().clone()
+    return Stream(rows, width, None if keep is None or bool(keep.all()) else keep, segments, copied, positions)
 
 
 def decoder_stream(arguments: Mapping[str, Any], labels: Any) -> Stream | None:
@@ -54,7 +66,8 @@ def decoder_stream(arguments: Mapping[str, Any], labels: Any) -> Stream | None:
     rows, width = sample.shape[:2]
     if mask is None and isinstance(labels, torch.Tensor) and tuple(labels.shape) == (rows, width):
         mask = labels != IGNORED_LABEL
-    return Stream(rows, width, None if mask is None else keep_mask(mask, rows, width), None, tokens)
+    copied = None if tokens is None else tokens.detach().clone()
+    return Stream(rows, width, None if mask is None else keep_mask(mask, rows, width), None, copied)
 
 
 def warn_of_positions(model: nn.Module, stream: Stream | None) -> None:
@@ -72,8 +85,9 @@ def warn_of_positions(model: nn.Module, stream: Stream | None) -> None:
 
 
 def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor | None:
-    """`input_ids`, or the first argument if it is an integer tensor [B, T]."""
-    found = arguments.get("input_ids", next(iter(arguments.values()), None))
+    """`input_ids`, or the first argument if it is an integer tensor [B, T] (and not by its name something else)."""
+    first = next((value for name, value in arguments.items() if not name.endswith(_NOT_TOKENS)), None)
+    found = arguments.get("input_ids", None if "inputs_embeds" in arguments else first)
     if isinstance(found, torch.Tensor) and found.ndim == 2 and not found.is_floating_point() and found.dtype != torch.bool:
         return found
     return None
@@ -95,6 +109,6 @@ def _mask(arguments: Mapping[str, Any]) -> torch.Tensor | None:
 
 def _grid(positions: Any, rows: int, width: int) -> torch.Tensor | None:
     """Position ids [B, T] (also given as [1, T] or [T]); None for anything else."""
-    if not isinstance(positions, torch.Tensor) or positions.ndim > 2 or positions.shape[-1] != width:
+    if not isinstance(positions, torch.Tensor) or positions.ndim not in (1, 2) or positions.shape[-1] != width:
         return None
-    return positions.expand(rows, width)
+    return positions.detach().clone().expand(rows, width)

@@ -52,7 +52,7 @@ class Pins:
         return self.layouts[site]
 
     def _hints(self, site: SiteName, streams: Mapping[str, Stream]) -> dict[str, str | None]:
-        stack = self.stack(site)
+        stack = next((alias.stack for alias in self.aliases.get(site, [])), None)
         home = None if stack is None else "decoder" if stack.rpartition(".")[2] == "decoder" else MAIN
         opens = site.path or "root"
         return {"home": home, "opens": None if opens in streams else opens}
@@ -61,17 +61,17 @@ class Pins:
         """The stack whose residual stream the site is in; None for any other site."""
         return next((alias.stack for alias in self.aliases.get(site, []) if alias.layer is not None), None)
 
-    def promote(self, captures: dict[SiteName, Capture], streams: dict[str, Stream]) -> None:
+    def promote(self, captures: dict[tuple[SiteName, str | None], Capture], streams: dict[str, Stream]) -> None:
         """Where the call showed no tokens (images, features), make the first stack's stream, or else the first, the main one."""
-        opened = [(site, taken.layout.stream) for site, taken in captures.items() if taken.layout.stream]
+        opened = [(key, taken.layout.stream) for key, taken in captures.items() if taken.layout.stream]
         if MAIN in streams or not opened:
             return
-        main = next((stream for site, stream in opened if self.stack(site) is not None), opened[0][1])
+        main = next((stream for key, stream in opened if self.stack(key[0]) is not None), opened[0][1])
         streams[MAIN] = streams.pop(main)
-        for site, stream in opened:
+        for key, stream in opened:
             if stream == main:
-                self.layouts[site] = replace(self.layouts[site], stream=MAIN)
-                captures[site] = replace(captures[site], layout=self.layouts[site])
+                self.layouts[key[0]] = replace(self.layouts[key[0]], stream=MAIN)
+                captures[key] = replace(captures[key], layout=self.layouts[key[0]])
 
 
 def capture(
@@ -80,6 +80,8 @@ def capture(
     """Take the kept rows of a tensor; `streams` gains the stream that the tensor opens, if it does."""
     tensor = tensor.detach()
     layout = pins.layout(tap, site, tensor, streams, rows)
+    if tensor.ndim < layout.least_axes:
+        raise LayoutError(f"site {site} has the layout {str(layout)!r}, but gave a tensor of shape {list(tensor.shape)}")
     stream = _stream(layout, tensor, streams, str(site))
     if stream is None and len(tensor) != examples:
         raise LayoutError(f"site {site} has one row per example, but gave {len(tensor)} rows for {examples} examples")

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from tensortape.stores.dtypes import Array, as_numpy
 from tensortape.stores.names import is_ragged, split
 
 from .errors import BatchError
 from .streams import Stream
+
+_RECORDED = ("input_ids", "position")
 
 
 def label_columns(labels: Mapping[str, Any], streams: Mapping[str, Stream], examples: int) -> dict[str, Any]:
@@ -24,6 +25,9 @@ def label_columns(labels: Mapping[str, Any], streams: Mapping[str, Stream], exam
         streams: streams of the batch by table.
         examples: number of examples.
     """
+    for name in labels:
+        if name.partition("/")[2] in _RECORDED and is_ragged(name.partition("/")[0]):
+            raise BatchError(f"labels {name!r} would take the place of what is recorded of the tokens; give them another name")
     return {name: _column(name, values, streams, examples) for name, values in labels.items()}
 
 
@@ -40,30 +44,44 @@ def _per_example(name: str, values: Any, examples: int) -> Any:
     if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != examples:
         got = len(values) if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
         raise BatchError(f"labels {name!r} must be one value per example, {examples} in all; got {got}")
-    return values if _is_text(values) else as_numpy(values)
+    return values if _is_text(values) else _row(name, values)
 
 
 def _per_token(name: str, values: Any, stream: Stream) -> list[Any]:
-    lengths = [len(row) for row in values] if not isinstance(values, torch.Tensor) else [values.shape[1]] * len(values)
+    try:
+        lengths = [len(row) for row in values]
+    except TypeError:
+        raise BatchError(f"labels {name!r} must be one sequence per example, or padded [B, T]; got {values!r}") from None
     if lengths == stream.lengths:
-        return [_row(row) for row in values]
+        return [_row(name, row) for row in values]
     if lengths == [stream.width] * stream.rows:
-        return _unpadded(values, stream)
+        return _unpadded(name, values, stream)
     raise BatchError(
         f"labels {name!r} must be given per kept token (lengths {_short(stream.lengths)}) or padded like the batch "
         f"({stream.rows} x {stream.width}); got lengths {_short(lengths)}"
     )
 
 
-def _unpadded(values: Any, stream: Stream) -> list[Any]:
-    flat = [value for row in values for value in row] if not hasattr(values, "shape") else as_numpy(values).reshape(-1)
+def _unpadded(name: str, values: Any, stream: Stream) -> list[Any]:
+    grid = _row(name, [value for row in values for value in row]) if not hasattr(values, "shape") else as_numpy(values)
+    flat = np.asarray(grid, object) if isinstance(grid, list) else grid.reshape(stream.rows * stream.width, *_rest(values))
     keep = np.ones(len(flat), bool) if stream.mask is None else stream.mask.reshape(-1).cpu().numpy()
-    packed = np.asarray(flat, object if _is_text(flat) else None)[keep]
-    return [_row(row.tolist()) if packed.dtype == object else row for row in np.split(packed, np.cumsum(stream.lengths)[:-1])]
+    pieces = np.split(flat[keep], np.cumsum(stream.lengths)[:-1])
+    return [piece.tolist() if piece.dtype == object else piece for piece in pieces]
 
 
-def _row(values: Any) -> list[str] | Array:
-    return list(values) if _is_text(values) else as_numpy(values)
+def _rest(values: Any) -> tuple[int, ...]:
+    """Axes beyond [B, T]."""
+    return tuple(values.shape[2:]) if hasattr(values, "shape") else ()
+
+
+def _row(name: str, values: Any) -> list[str] | Array:
+    if _is_text(values):
+        return list(values)
+    try:
+        return as_numpy(values)
+    except ValueError as error:
+        raise BatchError(f"labels {name!r}: {error}") from None
 
 
 def _is_text(values: Any) -> bool:

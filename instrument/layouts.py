@@ -36,6 +36,11 @@ class Layout:
         kind = self.kind if self.stream in ("", MAIN) else self.kind.replace("token", f"token.{self.stream}")
         return f"{kind} ..."
 
+    @property
+    def least_axes(self) -> int:
+        """Axes a tensor of this layout has at least."""
+        return 2 if self.kind in ("example token", "token example") else 1
+
     def axes(self, tensor: torch.Tensor) -> tuple[int, int | None]:
         """(rows, width T) that the tensor's shape states; no width where the two axes are one."""
         if self.kind == "example token":

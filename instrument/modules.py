@@ -36,9 +36,18 @@ def clean_name(name: str) -> str:
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every module once, under its first name; wrappers count as what they wrap."""
     for name, module in model.named_modules():
-        if not name.endswith(_WRAPPER_SEGMENTS):
+        if name.rpartition(".")[2] not in _WRAPPER_SEGMENTS:
             inner = unwrapped(module) if name else module
             yield clean_name(name), inner
+
+
+def all_names(model: nn.Module) -> dict[str, str]:
+    """Every name a module goes by, with its first one: shared modules have several."""
+    first = {id(module): name for name, module in reversed(list(named(model)))}
+    names = (
+        (clean_name(name), unwrapped(module) if name else module) for name, module in model.named_modules(remove_duplicate=False)
+    )
+    return {name: first[id(module)] for name, module in names if id(module) in first}
 
 
 def refuse_compiled(model: nn.Module, *, recompile: bool) -> None:

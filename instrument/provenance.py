@@ -38,7 +38,8 @@ def fingerprint(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            flat = tensor.detach().reshape(-1)
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a sharded parameter: this rank's shard
+            flat = local.detach().reshape(-1)
             sample = as_numpy(flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()).view("u1")
             found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {google_crc32c.value(sample)}\n".encode())
     return found.hexdigest()

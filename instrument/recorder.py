@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from tensortape.stores import RunWriter, keys, layout
-from tensortape.stores.patterns import SiteName
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
-from .batch import Batch, Given, Rows, keep
+from .batch import Batch, Given, Key, Rows, keep
 from .capture import Pins
 from .errors import BatchError
 from .modules import is_compiled, refuse_compiled, unwrapped
@@ -73,7 +72,7 @@ class Recorder:
         self._pins = Pins(aliases_by_site(self._model))
         self._stays = is_compiled(model)
         self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
-        self._expected: set[SiteName] | None = None
+        self._expected: set[Key] | None = None
         self._known: dict[str, Any] = {}
         self._resumes = mode == "resume"
         self.writer = RunWriter(to, mode=mode, durability=durability, memory_budget=memory_budget, about=about(self._model))
@@ -167,7 +166,7 @@ class Recorder:
 
     def _learn(self, batch: Batch) -> None:
         """After the first batch: say what each column is, and remember what an absent one looks like."""
-        for site, taken in batch.captures.items():
+        for (site, _), taken in batch.captures.items():
             self.writer.describe(
                 taken.column,
                 site={

@@ -10,11 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from tensortape.stores import Run, layout, open_run
+from tensortape.stores import Run, keys, layout, open_run
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
@@ -101,11 +102,32 @@ def _examples(
         raise BatchError("with a tokenizer, data must be texts; leave the tokenizer out to record a loader of dicts")
     if overflow not in ("error", "truncate", "window"):
         raise ValueError(f"overflow is 'error', 'truncate' or 'window', not {overflow!r}")
-    known = list(range(len(texts))) if ids is None or isinstance(ids, str) else list(ids)
-    if len(known) != len(texts):
-        raise BatchError(f"{len(known)} ids were given for {len(texts)} texts")
-    limit = max_length or _limit(tokenizer)
-    return tokenized(texts, tokenizer, ids=known, labels=labels, max_length=limit, overflow=overflow)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is a number of tokens, at least 1; got {max_length}")
+    limit = max_length if max_length is not None else _limit(tokenizer)
+    given = {name: _label_values(name, values, len(texts)) for name, values in labels.items()}
+    return tokenized(texts, tokenizer, ids=_ids_of_texts(ids, len(texts)), labels=given, max_length=limit, overflow=overflow)
+
+
+def _ids_of_texts(ids: Any, count: int) -> list[str | int]:
+    if ids is None or (isinstance(ids, str) and ids == "content"):
+        return list(range(count))
+    if isinstance(ids, str):
+        raise BatchError(f"ids of texts are one per text, or 'content'; got {ids!r}")
+    found: list[str | int] = list(keys.normalise(ids))
+    if len(found) != count:
+        raise BatchError(f"{len(found)} ids were given for {count} texts")
+    return found
+
+
+def _label_values(name: str, values: Any, count: int) -> Any:
+    """Labels of texts: a function, or one entry per text; numbers in one dtype, whatever batch they come to."""
+    if callable(values):
+        return values
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != count:
+        raise BatchError(f"labels {name!r} must be a function, or one entry per text, {count} in all; got {values!r}"[:400])
+    plain = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+    return np.asarray(values) if plain else values
 
 
 def _limit(tokenizer: Any) -> int | None:
@@ -126,7 +148,7 @@ def _record_texts(
     device = _device(model)
     with _bar(progress, "token") as bar:
         for group in groups:
-            given: Any = "content" if ids == "content" else [example.id for example in group]
+            given: Any = "content" if isinstance(ids, str) else [example.id for example in group]
             with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
                 if batch.recorded:
                     model(**padded(group, pad, device))
@@ -150,8 +172,10 @@ def _record_loader(
         raise BatchError("ids are missing: name the key of the loader's dicts that holds them (ids='id'), or pass ids='content'")
     device, taken = _device(model), _parameters(model)
     recorded = 0
-    with _bar(progress, "batch", total=len(data) if hasattr(data, "__len__") else None) as bar:
+    with _bar(progress, "batch", total=_length(data)) as bar:
         for entries in data:
+            if not isinstance(entries, Mapping):
+                raise BatchError(f"a loader must give dicts of the model's arguments; got {type(entries).__name__}")
             named = {name: _entry(entries, key) for name, key in labels.items()}
             withheld = {ids, *labels.values()} - taken
             inputs = {key: _moved(value, device) for key, value in entries.items() if key not in withheld}
@@ -164,9 +188,15 @@ def _record_loader(
         raise BatchError("there is nothing to record: the loader gave no batch")
 
 
-def _entry(entries: Any, key: str) -> Any:
-    if not isinstance(entries, Mapping):
-        raise BatchError(f"a loader must give dicts of the model's arguments; got {type(entries).__name__}")
+def _length(data: Any) -> int | None:
+    """Number of batches where the loader knows it; one over a stream has a length only in name."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _entry(entries: Mapping[str, Any], key: str) -> Any:
     if key not in entries:
         raise BatchError(f"the loader's dicts have no key {key!r}; they have {', '.join(map(str, entries))}")
     return entries[key]

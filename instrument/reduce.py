@@ -10,23 +10,35 @@ REDUCTIONS = ("mean", "max", "first", "last")
 
 
 def reduced(rows: torch.Tensor, lengths: Sequence[int], kind: str) -> torch.Tensor:
-    """One row per example, [examples, *feature], of packed rows [sum lengths, *feature]; mean and max are taken in float32.
+    """One row per example, [examples, *feature], of packed rows [sum lengths, *feature], in their dtype.
 
-    An example without rows gives NaN.
+    Means of 16-bit floats are taken in float32. An example without rows gives NaN, or -1 for integers.
     """
-    counts = torch.as_tensor(lengths, device=rows.device)
-    if kind in ("first", "last"):
-        return _picked(rows, counts, kind)
-    flat = rows.reshape(len(rows), -1).float()
-    # segment_reduce gives 0 (mean) or -inf (max) for an empty segment unless told otherwise
-    found = torch.segment_reduce(flat, kind, lengths=counts, initial=None, unsafe=True)
-    found[counts == 0] = torch.nan
-    return found.reshape(len(counts), *rows.shape[1:]).to(rows.dtype)
+    counts = torch.as_tensor(lengths, device=rows.device, dtype=torch.long)
+    found = _mean(rows, counts) if kind == "mean" else _max(rows, counts) if kind == "max" else _picked(rows, counts, kind)
+    found[counts == 0] = torch.nan if rows.is_floating_point() else -1
+    return found
+
+
+def _mean(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    sums = wide.new_zeros(len(counts), *rows.shape[1:]).index_add_(0, _owners(counts), wide)
+    return (sums / counts.clamp(min=1).reshape(-1, *[1] * (rows.ndim - 1))).to(rows.dtype)
+
+
+def _max(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    owners = _owners(counts).reshape(-1, *[1] * (rows.ndim - 1)).expand_as(rows)
+    return rows.new_zeros(len(counts), *rows.shape[1:]).scatter_reduce_(0, owners, rows, "amax", include_self=False)
+
+
+def _owners(counts: torch.Tensor) -> torch.Tensor:
+    """The example of every row."""
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
 def _picked(rows: torch.Tensor, counts: torch.Tensor, kind: str) -> torch.Tensor:
     ends = counts.cumsum(0)
-    at = (ends - counts if kind == "first" else ends - 1).clamp(0, max(len(rows) - 1, 0))
-    found = rows[at].clone()
-    found[counts == 0] = torch.nan
+    found = rows.new_zeros(len(counts), *rows.shape[1:])
+    some = counts > 0
+    found[some] = rows[(ends - counts if kind == "first" else ends - 1)[some]]
     return found

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tensortape.stores.patterns import Alias, Pattern, SiteName
+from tensortape.stores.patterns import Alias, Pattern, SiteName, parse_site
 
 from . import layouts
 from .anatomy import aliased_sites
 from .errors import SiteNotFoundError
 from .layouts import Layout
-from .modules import named
+from .modules import all_names, named
 from .reduce import REDUCTIONS
 
 Reduction = Literal["mean", "max", "first", "last"]
@@ -77,11 +77,11 @@ class Tap:
 def resolve(model: nn.Module, selection: Selection) -> list[Tap]:
     """The taps that a selection asks for, in the model's order, each once; SiteNotFoundError for a pattern that matches nothing."""
     items = [selection] if isinstance(selection, (str, Site)) or callable(selection) else list(selection)
-    modules = dict(named(model))
+    modules, names = dict(named(model)), all_names(model)
     aliased = aliased_sites(model)
     found: dict[tuple[str, str, int | None, str | None], Tap] = {}
     for item in items:
-        for tap in _taps(item, modules, aliased):
+        for tap in _taps(item, modules, names, aliased):
             _add(found, tap)
     if not found:
         raise SiteNotFoundError("no site is selected; give sites=['resid_post'], for instance")
@@ -97,15 +97,17 @@ def aliases_by_site(model: nn.Module) -> dict[SiteName, list[Alias]]:
     return found
 
 
-def _taps(item: str | Site | Choose, modules: dict[str, nn.Module], aliased: list[tuple[Alias, SiteName]]) -> Iterator[Tap]:
+def _taps(
+    item: str | Site | Choose, modules: dict[str, nn.Module], names: dict[str, str], aliased: list[tuple[Alias, SiteName]]
+) -> Iterator[Tap]:
     if not isinstance(item, (str, Site)):
         yield from _chosen(item, modules)
         return
     options = Site(item) if isinstance(item, str) else item
     pattern = Pattern(options.pattern)
-    found = [*_by_alias(pattern, aliased, options), *_by_path(pattern, modules, options)]
+    found = [*_by_alias(pattern, aliased, options), *_by_path(pattern, names, options)]
     if not found:
-        raise SiteNotFoundError(_nothing(options.pattern, modules, aliased))
+        raise SiteNotFoundError(_nothing(options.pattern, names, aliased))
     yield from found
 
 
@@ -121,12 +123,12 @@ def _repeated(aliased: list[tuple[Alias, SiteName]]) -> set[str]:
     return {site.path for _, site in aliased if site.call > 1}
 
 
-def _by_path(pattern: Pattern, modules: dict[str, nn.Module], options: Site) -> Iterator[Tap]:
-    for path in modules:
+def _by_path(pattern: Pattern, names: dict[str, str], options: Site) -> Iterator[Tap]:
+    for path, first in names.items():
         for port in ("out", "in") if pattern.text.startswith("re:") else (pattern.port or "out",):
             call = _call(pattern.text)
             if pattern.matches_path(SiteName(path, port, call or 1)):
-                yield Tap(path, port, call, options)
+                yield Tap(first, port, call, options)
 
 
 def _call(text: str) -> int | None:
@@ -138,6 +140,7 @@ def _chosen(choose: Choose, modules: dict[str, nn.Module]) -> Iterator[Tap]:
     for path, module in modules.items():
         ports = choose(path, module)
         for port in ("out",) if ports is True else (ports,) if isinstance(ports, str) else ports or ():
+            parse_site(f"{path}:{port}")  # refuses a port that there is not
             yield Tap(path, port, None, Site(f"{path}:{port}"))
 
 
@@ -151,8 +154,8 @@ def _add(found: dict[tuple[str, str, int | None, str | None], Tap], tap: Tap) ->
         )
 
 
-def _nothing(pattern: str, modules: dict[str, nn.Module], aliased: list[tuple[Alias, SiteName]]) -> str:
-    known = [path for path in modules if path]
+def _nothing(pattern: str, names: dict[str, str], aliased: list[tuple[Alias, SiteName]]) -> str:
+    known = [path for path in names if path]
     known += sorted({alias.name if alias.layer is None else f"{alias.name}[{alias.layer}]" for alias, _ in aliased})
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)
     return f"site {pattern!r} matches nothing in the model; the closest names are {', '.join(map(repr, near))}"

@@ -58,8 +58,9 @@ class TapSet:
         self._receiver: Receiver | None = None
         self._running = False
         self._calls: defaultdict[str, int] = defaultdict(int)
+        self._open: defaultdict[str, list[int]] = defaultdict(list)  # calls that have begun and not ended: a module may call itself
         self._handles: list[RemovableHandle] = []
-        self._fast_path: bool | None = None
+        self._needs_slow_path = False
         self._by_module: defaultdict[str, list[Tap]] = defaultdict(list)
         for tap in taps:
             self._by_module[tap.path].append(tap)
@@ -81,9 +82,9 @@ class TapSet:
         """Take all hooks away; doing it twice is fine."""
         while self._handles:
             self._handles.pop().remove()
-        if self._fast_path is not None:
-            torch.backends.mha.set_fastpath_enabled(self._fast_path)
-            self._fast_path = None
+        if self._needs_slow_path:
+            _SlowPath.leave()
+            self._needs_slow_path = False
         self._running = False
 
     @contextmanager
@@ -117,29 +118,32 @@ class TapSet:
     def _tap(self, path: str, module: nn.Module) -> None:
         taps = self._by_module[path]
 
+        own = id(module)  # a deep copy of the model carries these hooks, too
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._running:
+            if self._running and id(module) == own:
                 self._calls[path] += 1
-                self._take([tap for tap in taps if tap.name(1).base == "in"], lambda: _arguments(module, args, kwargs))
+                self._open[path].append(self._calls[path])
+                self._take(taps, "in", self._calls[path], lambda: _arguments(module, args, kwargs))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._running:
-                self._take([tap for tap in taps if tap.name(1).base == "out"], lambda: output)
+            if self._running and id(module) == own:
+                self._take(taps, "out", self._open[path].pop(), lambda: output)
 
         self._handles.append(module.register_forward_pre_hook(self._guard(before), with_kwargs=True))
         self._handles.append(module.register_forward_hook(self._guard(after)))
 
-    def _take(self, taps: list[Tap], value: Callable[[], Any]) -> None:
+    def _take(self, taps: list[Tap], base: str, call: int, value: Callable[[], Any]) -> None:
         for tap in taps:
-            call = self._calls[tap.path]
-            if self._receiver is not None and tap.call in (None, call):
-                site = tap.name(call)
+            site = tap.name(call)
+            if self._receiver is not None and site.base == base and tap.call in (None, call):
                 self._receiver.captured(tap, site, pick(value(), _leaf(site, value), str(site)))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._receiver is not None:
+        if self._receiver is not None and module is self._model and not _in_backward():
             self._running = True
             self._calls.clear()
+            self._open.clear()
             self._receiver.started(_arguments(module, args, kwargs))
 
     def _begin_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +151,7 @@ class TapSet:
             self._receiver.decoder_started(_arguments(module, args, kwargs))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._running = False
+        self._running = self._running and module is not self._model
 
     def _guard(self, hook: Callable[..., None]) -> Callable[..., None]:
         """A hook that reports instead of raising, and that torch.compile leaves alone."""
@@ -165,16 +169,49 @@ class TapSet:
     def _disable_fast_path(self) -> None:
         """nn.TransformerEncoder's fast path computes a layer in one opaque operation, past most hooks."""
         if any(isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) for module in self._model.modules()):
-            self._fast_path = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
+            _SlowPath.enter()
+            self._needs_slow_path = True
+
+
+class _SlowPath:
+    """The fast path of nn.TransformerEncoder, off as long as any tap set needs it off."""
+
+    users = 0
+    before = True
+
+    @classmethod
+    def enter(cls) -> None:
+        if not cls.users:
+            cls.before = torch.backends.mha.get_fastpath_enabled()
+        cls.users += 1
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    @classmethod
+    def leave(cls) -> None:
+        cls.users -= 1
+        if not cls.users:
+            torch.backends.mha.set_fastpath_enabled(cls.before)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: a forward then is a checkpoint's recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, in the order of the module's signature, whichever way they were given."""
     signature = inspect.signature(module.forward)
     bound = signature.bind_partial(*args, **kwargs).arguments
-    rest = next((name for name, parameter in signature.parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD), None)
-    return {**{name: value for name, value in bound.items() if name != rest}, **bound.get(rest or "", {})}
+    found: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            found.update({f"{name}.{number}": inner for number, inner in enumerate(value)})
+        else:
+            found[name] = value
+    return found
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:

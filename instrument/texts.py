@@ -47,17 +47,26 @@ def tokenized(
 
 
 def batches(examples: Iterator[Example], tokens: int, most: int | None) -> Iterator[list[Example]]:
-    """Examples in groups of at most `most`, whose padded grid, longest length times count, holds at most so many tokens."""
+    """Examples in groups of at most `most`, whose padded grid, longest length times count, holds at most so many tokens.
+
+    The first group is not as wide as it is long, so that its shape tells which axis is which.
+    """
     group: list[Example] = []
+    first = True
     width = 0
     for example in examples:
         width = max(width, len(example.tokens))
         if group and (width * (len(group) + 1) > tokens or len(group) == most):
-            yield group
-            group, width = [], len(example.tokens)
+            yield from _not_square(group) if first else [group]
+            group, width, first = [], len(example.tokens), False
         group.append(example)
     if group:
-        yield group
+        yield from _not_square(group) if first else [group]
+
+
+def _not_square(group: list[Example]) -> list[list[Example]]:
+    width = max(len(example.tokens) for example in group)
+    return [group[:-1], group[-1:]] if len(group) == width > 1 else [group]
 
 
 def padded(group: list[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -65,7 +74,10 @@ def padded(group: list[Example], pad: int, device: torch.device) -> dict[str, to
     width = max(len(example.tokens) for example in group)
     rows = [example.tokens + [pad] * (width - len(example.tokens)) for example in group]
     mask = [[1] * len(example.tokens) + [0] * (width - len(example.tokens)) for example in group]
-    return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return {
+        "input_ids": torch.tensor(rows, dtype=torch.long, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.long, device=device),
+    }
 
 
 def pad_id(tokenizer: Any) -> int:

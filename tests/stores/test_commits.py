@@ -53,7 +53,7 @@ def records(draw):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(records())
 def test_a_record_comes_back_from_its_file(record):
     data = record.encode()
@@ -76,7 +76,7 @@ def test_a_record_is_json_with_the_checksum_of_its_inner_bytes():
     assert document["crc32c"] == f"{google_crc32c.value(inner):08x}"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(records(), st.data())
 def test_a_changed_byte_is_damage(record, data):
     before = record.encode()

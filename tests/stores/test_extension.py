@@ -230,6 +230,17 @@ def test_two_runs_that_add_the_same_column_at_once_are_an_error_for_that_column_
     assert seen["example/w"].rows().tolist() == [1, 2, 3, 4]
 
 
+def test_a_run_that_was_overwritten_takes_no_column(run):
+    """The run that was opened is elsewhere now; the one in its place is somebody else's."""
+    with writer_at(run.path, "overwrite") as writer:
+        writer.append(ids=["n"], columns={"example/y": [1]})
+    before = files_below(run.path)
+    with pytest.raises(StoreError):
+        run.add_column("example/z", [1, 2, 3, 4])
+    assert files_below(run.path) == before
+    assert open_run(run.path).ids == ["n"]
+
+
 def test_a_new_table_can_be_added(run):
     """Rows of a table that was not recorded: any lengths are right."""
     run.add_column("pair/w", [np.ones((number, 3)) for number in range(4)])

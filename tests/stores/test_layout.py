@@ -39,7 +39,7 @@ shapes = st.lists(st.integers(1, 300), max_size=3).map(tuple)
 itemsizes = st.sampled_from([1, 2, 4, 8])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(shapes, itemsizes, st.integers(0, 256 * MIB))
 def test_grids_follow_the_rule(shape, itemsize, shard_bytes):
     row_bytes = math.prod(shape) * itemsize
@@ -68,11 +68,12 @@ def test_grids_of_common_rows(shape, itemsize, chunk, shard):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9 * MIB), itemsizes)
-def test_rows_over_8_mib_are_cut_along_their_first_feature_axis(first, rest, itemsize):
+@given(st.integers(1, 40), st.integers(1, 4 * MIB), itemsizes)
+def test_rows_over_8_mib_are_cut_along_their_first_feature_axis(first, more, itemsize):
     """Pieces hold as many slices as fit into 8 MiB, at least one; a shard is padded to whole pieces and holds whole rows."""
+    rest = 8 * MIB // (first * itemsize) + more
     row_bytes = first * rest * itemsize
-    assume(row_bytes > 8 * MIB)
+    assert row_bytes > 8 * MIB
     grid = layout.plan((first, rest), itemsize, 128 * MIB)
     width = max(1, 8 * MIB // (rest * itemsize))
     assert grid.chunk == (1, width, rest)

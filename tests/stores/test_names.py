@@ -35,7 +35,7 @@ def test_names_on_disk_are_portable(name):
     assert not WINDOWS.fullmatch(file_name)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(unicode_names, unicode_names)
 def test_two_names_never_share_a_file_even_where_case_is_ignored(first, second):
     if first != second:

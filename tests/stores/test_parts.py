@@ -16,6 +16,7 @@ from strategies import small_chunks, writer_at
 from tensortape.stores import RunWriter, open_run
 from tensortape.stores import writer as writer_module
 from tensortape.stores.errors import BrokenWriterError
+from tensortape.stores.part_state import read_parts
 from tensortape.stores.parts import claim
 from tensortape.stores.places import LocalPlace
 from tensortape.stores.schema import PartDocument
@@ -190,6 +191,45 @@ def test_a_stopped_run_is_resumed_without_a_trace(tmp_path, monkeypatch, share):
             if f"x{number}" not in writer.committed_ids:
                 writer.append(ids=[f"x{number}"], columns=example(number))
     assert_holds(tmp_path / "run.zarr", 6)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+def test_a_start_that_was_interrupted_can_be_made_again(tmp_path, monkeypatch, stop_at, mode):
+    """A job that is started again and again with mode="resume" must not stop for good because it was killed in its first moment."""
+    path = tmp_path / "run.zarr"
+    write(path, monkeypatch, stop_at)
+    monkeypatch.undo()
+    with writer_at(path, mode) as writer:
+        for number in range(6):
+            writer.append(ids=[f"x{number}"], columns=example(number))
+    assert_holds(path, 6)
+
+
+class ClosingPlace(LocalPlace):
+    """A folder in which the writer closes its part just after its commit records were listed."""
+
+    def __init__(self, root: Path, writer: RunWriter) -> None:
+        super().__init__(root, "rename")
+        self._writer = writer
+
+    def names(self, path: str) -> list[str]:
+        found = super().names(path)
+        if path.endswith("/commits"):
+            self._writer.close()
+        return found
+
+
+def test_p2_a_part_that_is_closed_while_it_is_being_read_is_no_damage(tmp_path):
+    """A reader that comes at that moment sees the part before closing, or after."""
+    path = tmp_path / "run.zarr"
+    writer = writer_at(path)
+    for number in range(3):
+        writer.append(ids=[f"x{number}"], columns=example(number))
+        writer.commit()
+    [part] = read_parts(ClosingPlace(path, writer), writer.uid)
+    assert part.examples == 3
+    assert_holds(path, 3)
 
 
 def test_every_claim_gets_a_part_of_its_own(tmp_path):

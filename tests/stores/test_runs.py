@@ -144,6 +144,7 @@ def test_resume_counts_examples_once_whatever_was_added_to_them(path, monkeypatc
     assert all(id_ in writer.committed_ids for id_ in range(10))
 
 
+@pytest.mark.slow
 def test_resume_of_many_examples_finds_each_of_them(path):
     """Over 65,536 keys are kept sorted instead of in a set: none may get lost on the way."""
     ids = np.arange(70_000)

@@ -117,7 +117,7 @@ def cut_rows(draw):
 drawn_shards = st.one_of(whole_rows(), cut_rows())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(drawn_shards, st.sampled_from([0, 1]))
 def test_encoded_bytes_are_those_of_the_specification(drawn, fill):
     geometry, rows = drawn
@@ -128,7 +128,7 @@ def test_encoded_bytes_are_those_of_the_specification(drawn, fill):
     assert same_bits(reference_rows(data, len(rows), geometry.grid, geometry.shape, geometry.dtype), rows)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(drawn_shards, st.data())
 def test_slices_and_gathers_are_those_of_numpy(drawn, data):
     """Any slice, and rows in any order with repetitions, from shards that are full or not."""

@@ -89,6 +89,11 @@ def records(path: Path) -> list[Path]:
     return sorted(path.glob("parts/p*/commits/*.json"))
 
 
+def end(path: Path) -> Path:
+    """Names the last record of a closed part."""
+    return path / "parts/p000000/end.json"
+
+
 def positions(size: int, count: int = 10) -> list[int]:
     """Evenly spread, and the first and the last byte."""
     return sorted({*range(0, size, max(size // count, 1)), size - 1})
@@ -158,6 +163,10 @@ def test_a_flipped_bit_in_an_array_document_is_reported(path):
 
 def test_a_flipped_bit_in_a_part_document_is_reported(path):
     assert unreported_flips(path, [part_document(path)]) == []
+
+
+def test_a_flipped_bit_in_what_a_closed_part_says_of_its_last_record_is_reported(path):
+    assert unreported_flips(path, [end(path)]) == []
 
 
 def test_a_flipped_bit_in_a_group_document_is_reported(path):
@@ -277,7 +286,7 @@ def every_object(path: Path) -> list[Path]:
 @pytest.mark.parametrize("keep", [0, 0.5, -1])
 def test_a_truncated_or_empty_object_is_reported(path, keep):
     missed = []
-    for file in [*every_object(path), records(path)[-1]]:
+    for file in [*every_object(path), records(path)[-1], end(path)]:
         with restored(file):
             content = file.read_bytes()
             put(file, content[: int(len(content) * keep) if isinstance(keep, float) else keep])
@@ -288,7 +297,7 @@ def test_a_truncated_or_empty_object_is_reported(path, keep):
 
 def test_an_object_that_has_grown_is_reported(path):
     missed = []
-    for file in [*shards(path), *records(path)]:
+    for file in [*shards(path), *records(path), end(path)]:
         with restored(file):
             put(file, file.read_bytes() + b"\0")
             if not is_reported(path, file):

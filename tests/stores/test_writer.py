@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -590,6 +591,48 @@ def test_a_writer_that_was_overwritten_never_touches_the_new_run(closed):
     with suppress(LostPartError):
         zombie.commit()
     assert_holds(closed, {**new, "m": columns(4)})
+
+
+def test_a_resumed_writer_that_was_overwritten_before_its_first_append_never_touches_the_new_run(closed):
+    """It knows the run that it was opened on, also before it has written anything."""
+    zombie = writer_at(closed, "resume")
+    with writer_at(closed, "overwrite") as writer:
+        writer.append(ids=["n"], columns=columns(5))
+    before = files_below(closed)
+    with suppress(StoreError):
+        zombie.append(ids=["z"], columns=columns(7))
+        zombie.commit()
+    assert files_below(closed) == before
+    assert_holds(closed, {"n": columns(5)})
+
+
+def test_a_writer_whose_run_was_deleted_never_touches_the_run_that_was_made_in_its_place(writer):
+    """A notebook cell that deletes its run and writes it again; the first writer is still there and closes at exit.
+
+    The new folder may well have the inode of the old one.
+    """
+    shutil.rmtree(writer.path)
+    with writer_at(writer.path) as second:
+        second.append(ids=["n"], columns=columns(5))
+    before = files_below(writer.path)
+    with suppress(StoreError):
+        writer.close()
+    assert files_below(writer.path) == before
+    assert_holds(writer.path, {"n": columns(5)})
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_writer_whose_run_is_gone_leaves_nothing_in_its_place(writer, replaced):
+    """Somebody has deleted the folder, or put an empty one there: nothing is written, not even a folder."""
+    shutil.rmtree(writer.path)
+    if replaced:
+        writer.path.mkdir()
+    with pytest.raises(StoreError):
+        writer.commit()
+    assert not writer.path.exists() or list(writer.path.iterdir()) == []
+    with writer_at(writer.path) as second:
+        second.append(ids=["a"], columns=columns(3))
+    assert_holds(writer.path, {"a": columns(3)})
 
 
 def test_a_writer_with_a_relative_path_stays_in_its_folder(tmp_path, monkeypatch):
