@@ -112,7 +112,7 @@ def verify(run: RunPath, as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     to: Annotated[Path, typer.Option(help="Folder for the run, the table and the plot.")] = Path("demo"),
-    files: Annotated[int, typer.Option(help="How many files of the standard library.")] = 60,
+    files: Annotated[int, typer.Option(help="How many files of the standard library.")] = 30,
     seed: Annotated[int, typer.Option(help="Which files, and which are held out.")] = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -30,6 +30,7 @@ _SKIPPED = {
 }
 SITES = ["embed", "resid_post"]
 WINDOW = 256
+ROWS = 12_000  # tokens per probe, to fit and to test
 LABELS = {"token/lexical": "lexical class", "token/role": "identifier role"}
 
 
@@ -44,7 +45,7 @@ def run_demo(to: Path, *, files: int, seed: int, say: Callable[[str], None]) -> 
     checked = run.verify()
     say(f"verified: {checked!r}")
     say("\n".join(show.head_lines(show.head(run, examples=1, tokens=10, sites=None, tokenizer=models.recorded_tokenizer(run)))))
-    reports = [fit_probes(run, labels=name, sites=SITES, seed=seed) for name in LABELS]
+    reports = [fit_probes(run, labels=name, sites=SITES, seed=seed, max_rows=ROWS) for name in LABELS]
     _write(reports, to)
     for report in reports:
         say("\n".join(_table(report)))

@@ -360,8 +360,8 @@ The split is by file, one in twenty held out by a hash of its path. The tokenize
         --context {context} --rate {rate} --other-rate {other_rate} --threads {threads}
 
 Seed {seed}; {steps} steps of {batch} windows of {context} tokens, {seen_tokens:,} tokens in all. Muon for the matrices
-of the layers and AdamW for the rest, linear warm-up and cosine decay. The whole command took {minutes:.1f} minutes of wall
-time on {threads} CPU threads. Versions: {versions}.
+of the layers and AdamW for the rest, linear warm-up and cosine decay. The whole command took {minutes:.1f} minutes of
+wall time on {threads} CPU threads. Versions: {versions}.
 
 ## Quality
 

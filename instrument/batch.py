@@ -115,6 +115,7 @@ class Batch:
                     else "open a batch context for each forward"
                 )
             )
+        self._check_grid()
         if expected is None:
             self._check_first(taps)
             self.pins.promote(self.captures, self.streams)
@@ -181,6 +182,17 @@ class Batch:
                 f"{count} ids were given for a batch of {len(stream.lengths)} examples ({stream.rows} rows of {stream.width} "
                 "positions); give one id per example. Rows that hold several examples need position_ids that start anew with each, "
                 "or batch(segments=...)"
+            )
+
+    def _check_grid(self) -> None:
+        """A mask or tokens that no captured tensor has the width of were meant for something else."""
+        given = self.given.mask is not None or self.given.tokens is not None
+        streams = {taken.layout.stream for taken in self.captures.values() if taken.layout.stream}
+        if given and streams and MAIN not in streams:
+            stream, other = self.streams[MAIN], self.streams[min(streams)]
+            raise BatchError(
+                f"the mask or tokens given are for {stream.rows} rows of {stream.width} positions, but what was captured has "
+                f"{other.rows} rows of {other.width}"
             )
 
     def _check_first(self, taps: list[Tap]) -> None:

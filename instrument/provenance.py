@@ -23,7 +23,7 @@ def about(model: nn.Module) -> dict[str, Json]:
     """The `model`, `provenance` and `fingerprint` of the run document."""
     config = getattr(model, "config", None)
     described: Json = {
-        "class": type(model).__name__,
+        "class": _class_name(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
     }
@@ -43,6 +43,11 @@ def fingerprint(model: nn.Module) -> str:
             sample = as_numpy(flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()).view("u1")
             found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {google_crc32c.value(sample)}\n".encode())
     return found.hexdigest()
+
+
+def _class_name(model: nn.Module) -> str:
+    """The user's class: fully_shard puts one of its own in front."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def _versions() -> Json:

@@ -85,6 +85,7 @@ def resolve(model: nn.Module, selection: Selection) -> list[Tap]:
             _add(found, tap)
     if not found:
         raise SiteNotFoundError("no site is selected; give sites=['resid_post'], for instance")
+    _check_calls(list(found.values()))
     order = {path: place for place, path in enumerate(modules)}
     return sorted(found.values(), key=lambda tap: (order[tap.path], tap.port, tap.call or 0))
 
@@ -147,11 +148,22 @@ def _chosen(choose: Choose, modules: dict[str, nn.Module]) -> Iterator[Tap]:
 def _add(found: dict[tuple[str, str, int | None, str | None], Tap], tap: Tap) -> None:
     key = (tap.path, tap.port, tap.call, tap.options.reduce)
     earlier = found.setdefault(key, tap)
-    plain = (tap.options.layout, tap.options.dtype, tap.options.missing)
-    if plain != (earlier.options.layout, earlier.options.dtype, earlier.options.missing):
-        raise ValueError(
-            f"site {tap.name(tap.call or 1)} is selected twice with different options: {earlier.options} and {tap.options}"
-        )
+    _agree(earlier, tap)
+
+
+def _check_calls(taps: list[Tap]) -> None:
+    """A single call that is also selected with all calls must agree with them on its options."""
+    every = {(tap.path, tap.port, tap.options.reduce): tap for tap in taps if tap.call is None}
+    for tap in taps:
+        whole = every.get((tap.path, tap.port, tap.options.reduce), tap)
+        _agree(whole, tap)
+
+
+def _agree(one: Tap, other: Tap) -> None:
+    options = [(tap.options.layout, tap.options.dtype, tap.options.missing) for tap in (one, other)]
+    if options[0] != options[1]:
+        name = other.name(other.call or 1)
+        raise ValueError(f"site {name} is selected twice with different options: {one.options} and {other.options}")
 
 
 def _nothing(pattern: str, names: dict[str, str], aliased: list[tuple[Alias, SiteName]]) -> str:

@@ -95,8 +95,11 @@ class Column:
         rows = self._slice(part, start, start + length)
         return rows[0] if self._schema.table == "example" else rows
 
-    def rows(self, selection: Any = slice(None)) -> Array:
-        """Rows by number, over all examples in order: an integer array, a boolean mask or a slice; [n, *feature]."""
+    def rows(self, selection: Any = slice(None)) -> Any:
+        """Rows by number, over all examples in order: an integer array, a boolean mask or a slice give [n, *feature], one integer
+        gives [*feature]."""
+        if isinstance(selection, (int, np.integer)) and not isinstance(selection, bool):
+            return self.rows(np.array([selection]))[0]
         if isinstance(selection, slice):
             start, stop, step = selection.indices(len(self))
             if step == 1:
@@ -116,7 +119,7 @@ class Column:
         return dtypes.to_torch(self.rows(), self._schema.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        rows = self.rows()
+        rows: Array = self.rows()
         return rows if dtype is None else rows.astype(dtype)
 
     def __repr__(self) -> str:

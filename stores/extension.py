@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import keys, layout, names
+from . import keys, layout, names, runs
 from .dtypes import TEXT, Array
 from .errors import SchemaError, UnknownColumnError
 from .index import Index
@@ -35,6 +35,7 @@ def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState
     column = _cells(index, name, values, chosen)
     bounds = {} if column.lengths is None else {names.split(name)[0]: column.lengths}
     given = {name: column, **start_columns(bounds, {}), **_keys(index, chosen)}
+    runs.check_is(place, run.uid, place.root)
     writer.prepare(given, {})
     writer.append(given)
     writer.commit("closed", aligned=_spans(parts, index) if ids is None else ())

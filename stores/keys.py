@@ -83,11 +83,9 @@ class KeySet:
 
     def add(self, digests: Iterable[bytes]) -> None:
         """Add keys; those that are there already are not counted twice."""
-        self._recent.update(digest for digest in digests if not self.has(digest))
+        self._recent.update(digests)
         if len(self._recent) >= _MERGE_AT:
-            merged = np.concatenate([self._sorted, np.frombuffer(b"".join(self._recent), np.uint64).reshape(-1, 2)])
-            self._sorted = merged[np.argsort(merged[:, 0], kind="stable")]
-            self._recent = set()
+            self._merge()
 
     def has(self, key: bytes) -> bool:
         """Whether the digest is held."""
@@ -97,10 +95,16 @@ class KeySet:
         start, stop = np.searchsorted(self._sorted[:, 0], first, "left"), np.searchsorted(self._sorted[:, 0], first, "right")
         return bool((self._sorted[start:stop, 1] == second).any())
 
+    def _merge(self) -> None:
+        recent = np.frombuffer(b"".join(self._recent), np.uint64).reshape(-1, 2)
+        self._sorted, self._recent = np.unique(np.concatenate([self._sorted, recent]), axis=0), set()
+
     def __contains__(self, key: str | int | tuple[str | int, str, int]) -> bool:
         return self.has(digest(*key) if isinstance(key, tuple) else digest(key))
 
     def __len__(self) -> int:
+        if len(self._sorted) and self._recent:
+            self._merge()
         return len(self._sorted) + len(self._recent)
 
 

@@ -81,19 +81,19 @@ def read_part(place: Place, run: str, name: str) -> PartState:
     except FileNotFoundError:
         raise DamagedError(f"{where}: the part document is missing") from None
     part = PartState(name, PartDocument.from_attributes(attributes(place, where), where))
+    end = _end(place, name)  # read first: a writer may close the part while its records are being read
     for record, digest in _records(place, run, name):
         if record.document != stated:
             raise DamagedError(f"{where}: the part document is not the one that its commit records name")
         part.apply(record)
         part.last = digest
-    _check_end(place, part)
+    if end is not None and end != commits.end(part.commits, part.last):
+        raise DamagedError(f"{commits.end_path(name)}: the part was closed by another commit record than the ones that are there")
     return part
 
 
-def _check_end(place: Place, part: PartState) -> None:
-    path = commits.end_path(part.name)
-    if "end.json" in place.names(f"parts/{part.name}") and place.read(path) != commits.end(part.commits, part.last):
-        raise DamagedError(f"{path}: the part was closed by another commit record than the last one that is there")
+def _end(place: Place, part: str) -> bytes | None:
+    return place.read(commits.end_path(part)) if "end.json" in place.names(f"parts/{part}") else None
 
 
 def attributes(place: Place, path: str) -> Json:

@@ -109,7 +109,7 @@ class PartWriter:
         self._write_record(kind, tuple(aligned), nonfinite)
         self._place.settle()
         if kind == "closed":
-            self._place.create(commits.end_path(self.name), [commits.end(self._number, self._previous)])
+            self._write_end()
             self._place.settle()
 
     def _plan(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> dict[str, ColumnSchema]:
@@ -125,6 +125,12 @@ class PartWriter:
         """A column that the run has from earlier sessions must stay what it is."""
         for name, column in given.items():
             _check_kind(name, self._known.get(name, (column.dtype, column.shape)), column)
+
+    def _write_end(self) -> None:
+        try:
+            self._place.create(commits.end_path(self.name), [commits.end(self._number, self._previous)])
+        except FileExistsError:
+            raise LostPartError(f"part {self.name} was closed by somebody else") from None
 
     def _write_groups(self) -> None:
         for folder in group_folders(self._schemas.values()):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import keys, zarr_documents
-from .errors import NotARunError, RunExistsError, SchemaError
+from .errors import LostPartError, NotARunError, RunExistsError, SchemaError
 from .keys import KeySet
 from .part_reader import PartReader
 from .part_state import attributes, read_parts
@@ -24,7 +24,7 @@ def document_for(place: LocalPlace, mode: str, about: dict[str, Json]) -> tuple[
     """The run document for a writer in this mode, and whether the run is there already. Nothing is written yet."""
     if mode not in ("create", "resume", "overwrite"):
         raise ValueError(f"mode is 'create', 'resume' or 'overwrite', not {mode!r}")
-    there = place.root.exists() and (not place.root.is_dir() or any(place.root.iterdir()))
+    there = _is_taken(place)
     if there and mode == "create":
         raise _exists(place)
     if there and mode == "resume":
@@ -36,7 +36,7 @@ def document_for(place: LocalPlace, mode: str, about: dict[str, Json]) -> tuple[
 
 def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
     """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside."""
-    if mode == "overwrite" and place.root.exists() and any(place.root.iterdir()):
+    if mode == "overwrite" and _is_taken(place):
         _rename_aside(place)
     place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     try:
@@ -44,6 +44,24 @@ def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
     except FileExistsError:
         raise _exists(place) from None
     place.settle()
+
+
+def _is_taken(place: LocalPlace) -> bool:
+    """Whether anything is at the path, other than what a start leaves behind that was killed before the run existed."""
+    if not place.root.is_dir():
+        return place.root.exists()
+    above, parts = set(place.names("")), set(place.names("parts"))
+    return ROOT in above or not above <= {"parts"} or not parts <= {ROOT}
+
+
+def check_is(place: Place, uid: str, where: str | Path) -> None:
+    """LostPartError unless the run at a place is still this one: it may have been overwritten, moved or deleted."""
+    try:
+        found = read_document(place, where).uid
+    except NotARunError:
+        found = None
+    if found != uid:
+        raise LostPartError(f"{where} is no longer the run that this writer writes; it was overwritten, moved or deleted")
 
 
 def read_document(place: Place, where: str | Path) -> RunDocument:

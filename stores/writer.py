@@ -88,6 +88,8 @@ class RunWriter:
     ) -> None:
         """Say what a column is, before the first append: names of its feature axes, its site, attributes for all readers."""
         names.split(column)
+        if self._part.name:
+            raise SchemaError(f"column {column!r} can be described only before the first append")
         for said in (site, attributes):
             _check_json(column, said)
         self._descriptions[column] = Description(axes, site, attributes or {})
@@ -168,6 +170,7 @@ class RunWriter:
         if not self._started:
             runs.start(self._place, self._mode, self._run)
             self._started = True
+        runs.check_is(self._place, self._run.uid, self.path)
         there = self._place.names("assets") if self._assets else []
         for name, content in self._assets.items():
             if name not in there:
@@ -179,6 +182,7 @@ class RunWriter:
 
     def _commit(self, kind: str) -> None:
         with _Breaks(self), self._cadence:
+            runs.check_is(self._place, self._run.uid, self.path)
             self._part.commit(kind, nonfinite=self._nonfinite)
         self.committed_ids.add(self._pending)
         self._pending = set()

@@ -103,9 +103,14 @@ seeds = st.integers(0, 2**32 - 1)
 unicode_names = st.text(min_size=1, max_size=120)
 
 
+opened: list[RunWriter] = []  # closed after each test (stores/conftest.py), while their folders are still there
+
+
 def writer_at(path: Path, mode: str = "create", **options: Any) -> RunWriter:
     """A writer that does not sync: tests that are not about power losses use it."""
-    return RunWriter(path, mode=mode, **{"durability": "rename", **options})
+    writer = RunWriter(path, mode=mode, **{"durability": "rename", **options})
+    opened.append(writer)
+    return writer
 
 
 def files_below(path: Path) -> dict[str, bytes]:

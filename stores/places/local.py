@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..dtypes import Array
-from ..errors import LostPartError
 from .contract import Buffers
 
 Durability = Literal["fsync", "rename"]
@@ -32,7 +31,6 @@ class LocalPlace:
         self.root = root
         self._sync = durability == "fsync"
         self._unsettled: set[Path] = set()
-        self._identity: tuple[int, int] | None = None
 
     def create(self, path: str, buffers: Buffers) -> None:
         """Write a new object; FileExistsError if there is one already."""
@@ -77,7 +75,6 @@ class LocalPlace:
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:
         self._make_folder(final.parent)
-        self._check_root()
         partial = final.with_name(f".{final.name[:100]}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             _write(partial, buffers, sync=self._sync)
@@ -87,13 +84,6 @@ class LocalPlace:
                 partial.unlink()
             raise
         self._note(final.parent)
-
-    def _check_root(self) -> None:
-        """A writer whose run was renamed aside must not write into what took its place."""
-        there = self.root.stat()
-        self._identity = self._identity or (there.st_dev, there.st_ino)
-        if self._identity != (there.st_dev, there.st_ino):
-            raise LostPartError(f"{self.root} is another run by now; this writer's own was renamed aside")
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():

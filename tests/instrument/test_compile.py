@@ -36,7 +36,7 @@ def decoder() -> SdpaDecoder:
 
 
 def compiled(model: SdpaDecoder, how: str) -> Any:
-    """Compiled as a whole, in place, or in part; called once so that it is compiled indeed."""
+    """Compiled as a whole, in place, or in part; called with and without gradients, so that it is compiled indeed."""
     if how == "whole":
         model = torch.compile(model, backend="eager")
     elif how == "in place":
@@ -46,6 +46,8 @@ def compiled(model: SdpaDecoder, how: str) -> Any:
     else:
         model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     model(batch(seed=50)["input_ids"])
+    with torch.no_grad():
+        model(batch(seed=50)["input_ids"])
     return model
 
 

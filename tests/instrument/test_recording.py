@@ -143,7 +143,8 @@ def test_a_square_batch_of_texts(texts: Callable[..., Run]) -> None:
     """That there are as many texts as tokens in the longest one is nothing a caller could see coming."""
     data = ["one two three", "one", "one two", "a", "b"]
     assert max(len(tokens_of(text)) for text in data) == len(data)
-    assert [len(texts(data)[SITE][number]) for number in range(5)] == [len(tokens_of(text)) for text in data]
+    run = texts(data)
+    assert [len(run[SITE][number]) for number in range(5)] == [len(tokens_of(text)) for text in data]
 
 
 @pytest.mark.parametrize("ids", [list("vwxyz"), (9, 8, 7, 6, 5), range(3, 8), np.arange(5) * 2, torch.arange(5) + 40])
