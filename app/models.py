@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,8 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     """(model, tokenizer): the class the checkpoint names, from safetensors only, without running code of the checkpoint."""
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = str(demo_folder()) if name == DEMO else name
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     named = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)

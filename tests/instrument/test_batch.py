@@ -219,7 +219,7 @@ def test_a_mask_over_a_cache_as_well(make: Make) -> None:
     """[B, more than T] does not fit the tokens of this call."""
     model = llama()
     recorder = make(model, SITE)
-    with pytest.raises(BatchError, match=r"\[5, 9\].*5 rows of 7 positions"):
+    with pytest.raises(BatchError, match=r"mask.*\[5, 9\]"):
         record(recorder, model, batch(), range(5), mask=torch.ones(5, 9))
 
 

@@ -147,6 +147,26 @@ def test_a_square_batch_of_texts(texts: Callable[..., Run]) -> None:
     assert [len(run[SITE][number]) for number in range(5)] == [len(tokens_of(text)) for text in data]
 
 
+@pytest.mark.parametrize("lengths", [(1,), (1, 2), (2, 2, 3), (1, 1, 1, 4), (4, 3, 2, 1)])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_first_batches_of_any_shape(record: Callable[..., Run], lengths: tuple[int, ...], batch_size: int | None) -> None:
+    """However many texts there are and however short they are, the first batch shows which axis is which."""
+    data = [" ".join("abcd"[:length]) for length in lengths]
+    run = record(llama(), data, tokenizer=words(*"abcd"), batch_size=batch_size)
+    assert run.tables["token"].lengths.tolist() == list(lengths)
+    assert run[SITE].shape == (sum(lengths), run[SITE].shape[1])
+
+
+def test_resuming_at_a_square_batch(record: Callable[..., Run]) -> None:
+    """The first batch that a resumed recording computes need not be the first of all."""
+    lengths = (4, 2, 1, 3, 1, 2)
+    data = [" ".join("abcd"[:length]) for length in lengths]
+    options = {"tokenizer": words(*"abcd"), "batch_size": 3}
+    record(llama(), data[:3], **options)
+    run = record(llama(), data, mode="resume", **options)
+    assert run.tables["token"].lengths.tolist() == list(lengths)
+
+
 @pytest.mark.parametrize("ids", [list("vwxyz"), (9, 8, 7, 6, 5), range(3, 8), np.arange(5) * 2, torch.arange(5) + 40])
 def test_ids_of_texts(texts: Callable[..., Run], ids: Any) -> None:
     """One per text, as a sequence, an array or a tensor."""

@@ -31,7 +31,7 @@ def tokenize(texts: list[str], tokenizer: Any = None, **options: Any) -> list[Ex
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 40), st.none() | st.integers(1, 6))
 def test_batches(lengths: list[int], tokens: int, most: int | None) -> None:
-    """All examples in order; grids within bounds, except single examples that are larger; no batch could take the next one."""
+    """All examples in order, in grids within bounds, except for single examples that are larger."""
     groups = list(batches(iter(examples_of(lengths)), tokens, most))
     assert [example.id for group in groups for example in group] == list(range(len(lengths)))
     grids = [max(len(example.tokens) for example in group) * len(group) for group in groups]
