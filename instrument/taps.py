@@ -8,6 +8,7 @@ while a forward of the root module runs, so checkpoint recomputation during back
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -178,19 +179,22 @@ class _SlowPath:
 
     users = 0
     before = True
+    lock = threading.Lock()
 
     @classmethod
     def enter(cls) -> None:
-        if not cls.users:
-            cls.before = torch.backends.mha.get_fastpath_enabled()
-        cls.users += 1
-        torch.backends.mha.set_fastpath_enabled(False)
+        with cls.lock:
+            if not cls.users:
+                cls.before = torch.backends.mha.get_fastpath_enabled()
+            cls.users += 1
+            torch.backends.mha.set_fastpath_enabled(False)
 
     @classmethod
     def leave(cls) -> None:
-        cls.users -= 1
-        if not cls.users:
-            torch.backends.mha.set_fastpath_enabled(cls.before)
+        with cls.lock:
+            cls.users -= 1
+            if not cls.users:
+                torch.backends.mha.set_fastpath_enabled(cls.before)
 
 
 def _in_backward() -> bool:

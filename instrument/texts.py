@@ -47,31 +47,26 @@ def tokenized(
 
 
 def batches(examples: Iterator[Example], tokens: int, most: int | None) -> Iterator[list[Example]]:
-    """Examples in groups of at most `most`, whose padded grid, longest length times count, holds at most so many tokens.
-
-    The first group is not as wide as it is long, so that its shape tells which axis is which.
-    """
+    """Examples in groups of at most `most`, whose padded grid, longest length times count, holds at most so many tokens."""
     group: list[Example] = []
-    first = True
     width = 0
     for example in examples:
         width = max(width, len(example.tokens))
         if group and (width * (len(group) + 1) > tokens or len(group) == most):
-            yield from _not_square(group) if first else [group]
-            group, width, first = [], len(example.tokens), False
+            yield group
+            group, width = [], len(example.tokens)
         group.append(example)
     if group:
-        yield from _not_square(group) if first else [group]
-
-
-def _not_square(group: list[Example]) -> list[list[Example]]:
-    width = max(len(example.tokens) for example in group)
-    return [group[:-1], group[-1:]] if len(group) == width > 1 else [group]
+        yield group
 
 
 def padded(group: list[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` [B, T], padded on the right so that every model's positions are right."""
+    """`input_ids` and `attention_mask` [B, T], padded on the right so that every model's positions are right.
+
+    A batch is never as wide as it is long, so that its shape tells which axis is which.
+    """
     width = max(len(example.tokens) for example in group)
+    width += width == len(group)
     rows = [example.tokens + [pad] * (width - len(example.tokens)) for example in group]
     mask = [[1] * len(example.tokens) + [0] * (width - len(example.tokens)) for example in group]
     return {
