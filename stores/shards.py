@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import google_crc32c
@@ -96,13 +96,13 @@ class Encoded:
 def encode(rows: Array, geometry: Geometry, fill: float | int | bool) -> Encoded:
     """The bytes of a shard that holds `rows` [n, *feature] of the stored dtype, 1 <= n <= shard rows; views where possible."""
     buffers: list[Array | bytes] = []
-    committed = []
+    committed: list[int] = []
+    whole = geometry.chunk_bytes
     for first in range(0, len(rows), geometry.chunk_rows):
         for chunk, used in _chunks(rows[first : first + geometry.chunk_rows], geometry, fill):
             crc = google_crc32c.value(chunk)
-            buffers += [chunk, _little(crc)]
-            whole = used == geometry.chunk_bytes
-            committed.append(crc if whole else google_crc32c.value(chunk.reshape(-1).view("u1")[:used]))
+            buffers += (chunk, crc.to_bytes(CRC_BYTES, "little"))
+            committed.append(crc if used == whole else google_crc32c.value(chunk.reshape(-1).view("u1")[:used]))
     buffers.append(_index(len(committed), geometry))
     return Encoded(buffers, np.array(committed, "<u4"))
 
@@ -125,6 +125,7 @@ def _padded(rows: Array, chunk: tuple[int, ...], fill: float | int | bool) -> Ar
     return whole
 
 
+@lru_cache(maxsize=256)
 def _index(present: int, geometry: Geometry) -> bytes:
     index = np.full((geometry.slots, 2), _ABSENT, "<u8")
     index[:present, 0] = np.arange(present, dtype="<u8") * np.uint64(geometry.stride)

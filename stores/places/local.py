@@ -74,8 +74,9 @@ class LocalPlace:
 
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:
-        self._make_folder(final.parent)
-        partial = final.with_name(f".{final.name[:100]}.{uuid.uuid4().hex}{PARTIAL}")
+        folder = final.parent
+        self._make_folder(folder)
+        partial = folder / f".{final.name[:100]}.{uuid.uuid4().hex}{PARTIAL}"
         try:
             _write(partial, buffers, sync=self._sync)
             yield partial
@@ -83,7 +84,7 @@ class LocalPlace:
             with suppress(FileNotFoundError):
                 partial.unlink()
             raise
-        self._note(final.parent)
+        self._note(folder)
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -111,12 +112,15 @@ def _view(buffer: Array | bytes) -> memoryview:
 
 
 def _write_all(handle: int, views: list[memoryview]) -> None:
-    while views:
-        written = os.writev(handle, views[:_BUFFERS_PER_CALL])
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
+    sizes = list(map(len, views))
+    done = 0
+    while done < len(views):
+        written = os.writev(handle, views[done : done + _BUFFERS_PER_CALL])
+        while done < len(views) and written >= sizes[done]:
+            written -= sizes[done]
+            done += 1
         if written:
-            views[0] = views[0][written:]
+            views[done], sizes[done] = views[done][written:], sizes[done] - written
 
 
 def _sync_folder(folder: Path) -> None:
