@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from . import keys, layout, names, runs
-from .dtypes import TEXT, Array
+from .dtypes import Array
 from .errors import SchemaError, UnknownColumnError
 from .index import Index
 from .part_state import PartState
-from .parts import PartWriter, start_columns
+from .parts import PartWriter, key_columns, start_columns
 from .places import LocalPlace
 from .ragged import Cells, cells
 from .schema import PartDocument, RunDocument
@@ -34,7 +34,7 @@ def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState
     writer = PartWriter(place, document, layout.DEFAULT_BUDGET)
     column = _cells(index, name, values, chosen)
     bounds = {} if column.lengths is None else {names.split(name)[0]: column.lengths}
-    given = {name: column, **start_columns(bounds, {}), **_keys(index, chosen)}
+    given = {name: column, **start_columns(bounds, {}), **key_columns(*(column[chosen] for column in index.keys))}
     runs.check_is(place, run.uid, place.root)
     writer.prepare(given, {})
     writer.append(given)
@@ -60,15 +60,6 @@ def _cells(index: Index, name: str, values: Any, chosen: Array) -> Cells:
 
 def _is_packed(values: Any, rows: int) -> bool:
     return hasattr(values, "shape") and len(values.shape) > 0 and values.shape[0] == rows
-
-
-def _keys(index: Index, chosen: Array) -> dict[str, Cells]:
-    ids, phases, steps = (column[chosen] for column in index.keys)
-    return {
-        "example/id": Cells(TEXT if ids.dtype == object else "int64", (), [ids], None),
-        "example/phase": Cells(TEXT, (), [phases], None),
-        "example/step": Cells("int64", (), [steps], None),
-    }
 
 
 def _spans(parts: list[PartState], index: Index) -> list[tuple[str, int, int]]:

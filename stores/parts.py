@@ -238,6 +238,15 @@ def _wave(schema: ColumnSchema, role: str) -> int:
     return 1 if schema.name.startswith(("example/start.", "example/length.")) else 0
 
 
+def key_columns(ids: Array, phases: Array, steps: Array) -> dict[str, Cells]:
+    """`id`, `phase` and `step` of the examples of one append; ids are int64 or an object array of text."""
+    return {
+        "example/id": Cells(dtypes.TEXT if ids.dtype == object else "int64", (), [ids], None),
+        "example/phase": Cells(dtypes.TEXT, (), [phases], None),
+        "example/step": Cells("int64", (), [steps], None),
+    }
+
+
 def start_columns(lengths: Mapping[str, Array], rows: Mapping[str, int]) -> dict[str, Cells]:
     """`start.<table>` and `length.<table>` of the examples of one append, given the rows the part already has."""
     found = {}

@@ -19,7 +19,7 @@ from .cadence import Cadence
 from .dtypes import TEXT
 from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
 from .keys import KeySet
-from .parts import Description, PartWriter, start_columns
+from .parts import Description, PartWriter, key_columns, start_columns
 from .places.local import Durability, LocalPlace
 from .ragged import Cells, Lengths, cells, lengths_of
 from .schema import Json, PartDocument
@@ -217,9 +217,11 @@ class RunWriter:
         return {
             **given,
             **start_columns(found, self._part.rows),
-            "example/id": Cells(keys.kind_of(ids), (), [np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64)], None),
-            "example/phase": Cells(TEXT, (), [np.full(len(ids), phase, object)], None),
-            "example/step": Cells("int64", (), [np.full(len(ids), step, np.int64)], None),
+            **key_columns(
+                np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64),
+                np.full(len(ids), phase, object),
+                np.full(len(ids), step, np.int64),
+            ),
         }
 
 

@@ -50,7 +50,7 @@ def test_P10_a_run_of_an_earlier_format_reads_as_it_was_written(version: str) ->
     assert run.verify().ok
     assert run.ids == [f"{session}-{name}" for session in range(2) for name in ("0", "1", "2", "last")]
     for dtype in DTYPES:
-        for number, length in enumerate(LENGTHS * 1):
+        for number, length in enumerate(LENGTHS):
             for session in range(2):
                 found = run[f"token/{dtype}"][session * 4 + number]
                 assert found.dtype == kind(dtype)
