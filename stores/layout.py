@@ -55,7 +55,7 @@ def shard_bytes_for(budget: int, arrays: Sequence[tuple[tuple[int, ...], int]], 
     Raises:
         BudgetError: not even one chunk of each fits, or the bytes `appended` at once do not; names the budget that is needed.
     """
-    share = min(budget // (2 * max(len(arrays), 1)), SHARD_BYTES)
+    share = SHARD_BYTES
     while share and 2 * _buffers(arrays, share) > budget:
         share //= 2
     check(budget, _buffers(arrays, share), appended)

@@ -6,7 +6,9 @@ A plain Zarr reader that goes by `example/id` therefore finds every example it l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +23,9 @@ from .places import Place
 from .ragged import Cells, text_bytes
 from .schema import ColumnSchema, Json, PartDocument, column_schema, stored_arrays
 from .shards import encode
+
+_THREADS = min(4, os.cpu_count() or 1)
+_WIDE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class PartWriter:
         if not self.name:
             self.name, self._digest = claim(self._place, self._document)
             self._write_groups()
-        for name, column in given.items():
-            self._take(self._schemas[name], column)
+        self.written += self._take_all(given)
         for table in self.rows:
             self.rows[table] += next(given[name].rows for name, schema in self._schemas.items() if schema.table == table)
 
@@ -147,31 +151,41 @@ class PartWriter:
             schema = self._schemas[name]
             _check_kind(name, (schema.dtype, schema.shape), column)
 
-    def _take(self, schema: ColumnSchema, column: Cells) -> None:
+    def _take_all(self, given: Mapping[str, Cells]) -> int:
+        """Columns share nothing, so several threads take the wide ones: one cannot write and checksum at a raw file's speed."""
+        wide = [name for name, column in given.items() if column.nbytes >= _WIDE_BYTES]
+        narrow = [name for name in given if name not in wide]
+        written = sum(self._take(self._schemas[name], given[name]) for name in narrow)
+        if not wide:
+            return written
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return written + sum(pool.map(lambda name: self._take(self._schemas[name], given[name]), wide))
+
+    def _take(self, schema: ColumnSchema, column: Cells) -> int:
+        written = 0
         for block in column.blocks:
             if schema.dtype != dtypes.TEXT:
-                self._push(schema.arrays["values"].path, block)
+                written += self._push(schema.arrays["values"].path, block)
                 continue
             utf8, end = schema.arrays["utf8"].path, schema.arrays["end"].path
             text, ends = text_bytes(block, self._buffers[utf8].rows)
-            self._push(utf8, text)
-            self._push(end, ends)
+            written += self._push(utf8, text) + self._push(end, ends)
+        return written
 
-    def _push(self, path: str, block: Array) -> None:
-        for number, rows in self._buffers[path].take(block):
-            self._write_shard(path, number, rows)
+    def _push(self, path: str, block: Array) -> int:
+        return sum(self._write_shard(path, number, rows) for number, rows in self._buffers[path].take(block))
 
-    def _write_shard(self, path: str, number: int, rows: Array) -> None:
+    def _write_shard(self, path: str, number: int, rows: Array) -> int:
         buffer = self._buffers[path]
         encoded = encode(rows, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
         self._place.replace(shard_path(self.name, path, number, rows.ndim), encoded.buffers)
         self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs)
-        self.written += buffer.geometry.file_bytes(len(rows))
+        return buffer.geometry.file_bytes(len(rows))
 
     def _write_tails(self) -> None:
         for path, buffer in self._buffers.items():
             if buffer.held and buffer.rows != self._committed.get(path, 0):
-                self._write_shard(path, buffer.shard, buffer.tail())
+                self.written += self._write_shard(path, buffer.shard, buffer.tail())
 
     def _write_shapes(self, wave: int) -> None:
         for schema in self._schemas.values():

@@ -81,10 +81,17 @@ def test_rows_over_8_mib_are_cut_along_their_first_feature_axis(first, more, ite
     assert grid.shard[0] == expected_shard_rows(1, row_bytes, 128 * MIB)
 
 
-@pytest.mark.parametrize("columns", [1, 3, 40])
-@pytest.mark.parametrize("budget", [10 * MIB, 1 << 30, 1 << 50])
-def test_a_shard_takes_its_share_of_half_the_budget_and_at_most_128_mib(budget, columns):
-    assert layout.shard_bytes_for(budget, [((), 1)] * columns) == min(budget // 2 // columns, 128 * MIB)
+def buffers(arrays: list[tuple[tuple[int, ...], int]], share: int) -> int:
+    return sum(math.prod(layout.plan(shape, itemsize, share).shard) * itemsize for shape, itemsize in arrays)
+
+
+@pytest.mark.parametrize("wide", [1, 3, 40])
+@pytest.mark.parametrize("budget", [100 * MIB, 1 << 30, 1 << 50])
+def test_shards_are_as_large_as_half_the_budget_allows_and_at_most_128_mib(budget, wide):
+    arrays = [((), 8)] * 7 + [((768,), 2)] * wide
+    share = layout.shard_bytes_for(budget, arrays)
+    assert buffers(arrays, share) <= budget // 2
+    assert share == 128 * MIB or buffers(arrays, 2 * share) > budget // 2
 
 
 def columns_of(sizes: dict[str, int]) -> dict[str, list[np.ndarray]]:
