@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +12,23 @@ from torch import nn
 
 from tensortape.stores import keys
 from tensortape.stores.dtypes import Array, as_numpy
-from tensortape.stores.names import is_ragged, split
+from tensortape.stores.names import split
 from tensortape.stores.patterns import SiteName
-from tensortape.stores.ragged import Lengths
 
-from .calls import decoder_stream, main_stream, warn_of_positions
+from .attention.calls import AttentionCalls, size_of
+from .attention.facts import Attended
+from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions
 from .capture import Capture, Pins, capture, nonfinite_rows
 from .errors import BatchError, ForwardError, SiteNotFoundError
+from .gradients import added, split_scale
 from .labels import label_columns
+from .rows import Rows
 from .sites import Tap
+from .steps import Key, Step, merged
 from .streams import MAIN, Stream, table_of
+from .targets import Target
 
 DECODER = "decoder"
-Key = tuple[SiteName, str | None]  # a site, and how it is reduced
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,12 @@ class Given:
     tokens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     segments: torch.Tensor | None = None
+    generates: bool = False
 
     @property
     def examples(self) -> int | None:
         """Number of ids; None where the tokens themselves are to be hashed."""
         return None if isinstance(self.ids, str) else len(self.ids)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A whole batch, as the writer takes it."""
-
-    ids: keys.Ids
-    columns: dict[str, Any]
-    lengths: Lengths
-    nonfinite: dict[str, int]
 
 
 @dataclass
@@ -61,112 +56,169 @@ class Batch:
     model: nn.Module
     pins: Pins
     recorded: bool = True
-    captures: dict[Key, Capture] = field(default_factory=dict)
-    streams: dict[str, Stream] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
     forwards: int = 0
     error: Exception | None = None
+    target: Target = field(default_factory=Target)
     _labels: Any = None
+    _gradients: dict[Key, Capture] = field(default_factory=dict)
+    _graphless: set[SiteName] = field(default_factory=set)
+    _attention: AttentionCalls = field(default_factory=AttentionCalls)
 
-    def started(self, arguments: Mapping[str, Any]) -> None:
-        """A forward of the model begins."""
+    def started(self, arguments: Mapping[str, Any]) -> int:
+        """A forward of the model begins; gives its input rows."""
         self.forwards += 1
-        if self.forwards > 1:
-            return
+        if self.forwards > 1 and not (self.given.generates or continued(arguments)):
+            return 0
+        self.steps.append(Step())
         self._labels = arguments.get("labels")
-        given = self.given
-        stream = main_stream(
-            arguments, tokens=given.tokens, mask=given.mask, segments=given.segments, examples=self._expected_examples(arguments)
-        )
-        if given.examples is None and (stream is None or stream.tokens is None):
-            raise BatchError(
-                "ids='content' hashes the tokens of each example, but this call shows none; give ids, or batch(tokens=...)"
-            )
-        if stream is not None:
-            self.streams[MAIN] = stream
-            warn_of_positions(self.model, stream)
-        self._check_examples(stream)
+        if self.forwards == 1 or arguments.get("encoder_outputs") is None:
+            self._open_main(arguments)
+        elif MAIN in self.steps[0].streams:
+            self.steps[-1].streams[MAIN] = self.steps[0].streams[MAIN]
+        return self._input_rows
 
     def decoder_started(self, arguments: Mapping[str, Any]) -> None:
         """The decoder of an encoder-decoder begins."""
         stream = decoder_stream(arguments, self._labels)
-        if stream is not None and self.forwards == 1:
-            self.streams[DECODER] = stream
+        if stream is not None and self._goes_on:
+            self.steps[-1].streams[DECODER] = unfinished(self.model, self._earlier(DECODER), stream)
 
     def captured(self, tap: Tap, site: SiteName, tensor: torch.Tensor) -> None:
         """A tapped tensor."""
-        if self.forwards == 1 and self.error is None:
-            taken = capture(tap, site, tensor, self.pins, self.streams, self._input_rows, self._examples)
-            self.captures[site, tap.options.reduce] = taken
+        if self._goes_on:
+            step = self.steps[-1]
+            taken = capture(tap, site, tensor, self.pins, step.streams, self._input_rows, self._examples)
+            step.captures[taken.key] = taken
+
+    def attended(self, taps: Sequence[Tap], site: SiteName, attended: Attended) -> None:
+        """An attention call."""
+        if self._goes_on:
+            streams = [step.streams for step in self.steps]
+            found = self._attention.captures(taps, site, attended, self.pins, streams, self._input_rows, self._segments)
+            self.steps[-1].captures.update({taken.key: taken for taken in found})
+
+    def graded(self, tap: Tap, site: SiteName, gradient: torch.Tensor) -> None:
+        """The gradient at a tapped tensor or an attention call, of the present target."""
+        if self.error is not None or site.target not in (None, self.target.name):
+            return
+        aimed = site.aimed(self.target.name)
+        if site.is_attention:
+            found = self._attention.gradients(tap, aimed, gradient)
+        else:
+            found = [capture(tap, aimed, gradient, self.pins, self.steps[-1].streams, self._input_rows, self._examples)]
+        for taken in found:
+            self._gradients[taken.key] = added(self._gradients.get(taken.key), taken, self.target, self._examples)
+
+    def without_gradient(self, site: SiteName) -> None:
+        """A gradient was asked for at a tensor that has none."""
+        self._graphless.add(site)
 
     def failed(self, error: Exception) -> None:
         """Remember the first thing that went wrong in a hook."""
         self.error = self.error or error
 
-    def check(self, taps: list[Tap], expected: set[Key] | None) -> None:
-        """Raise what went wrong in the batch, if anything; `expected` are the sites of earlier batches."""
+    def whole(self) -> Step:
+        """All forwards in one, gradients included; raises what went wrong in the batch, if anything."""
         if self.error is not None:
             raise self.error
-        if self.forwards != 1:
+        if self.forwards != len(self.steps) or not self.steps:
             raise ForwardError(
                 f"the model ran {self.forwards} times in this batch context, but a batch is one forward of the recorded model; "
                 + (
                     "call the model inside `with recorder.batch(...)`"
                     if not self.forwards
-                    else "open a batch context for each forward"
+                    else "open a batch context for each forward, or say batch(forwards='generate') if they continue a cache"
                 )
             )
-        self._check_grid()
-        if expected is None:
-            self._check_first(taps)
-            self.pins.promote(self.captures, self.streams)
-        else:
-            self._check_same(taps, expected)
+        found = merged(self.steps)
+        for taken in self._gradients.values():
+            found.captures.update({part.key: part for part in split_scale(taken)})
+        sizes = [size_of(taken) for taken in found.captures.values() if taken.keys is not None and not taken.site.is_gradient]
+        found.captures.update({size.key: size for size in sizes})
+        self._check_grid(found)
+        return found
 
-    def rows(self, known: Mapping[str, Any]) -> Rows:
+    def check(self, found: Step, taps: list[Tap], expected: set[Key] | None) -> None:
+        """SiteNotFoundError unless the batch has every site it should have; `expected` are those of earlier batches."""
+        if expected is None:
+            self._check_first(found, taps)
+            self.pins.promote(found.captures, found.streams)
+        else:
+            self._check_same(found, taps, expected)
+
+    def rows(self, found: Step, known: Mapping[str, Any]) -> Rows:
         """The batch for the writer. `known` tells what an absent column looks like: a row of zeros by column name."""
-        ids = self._ids()
-        columns: dict[str, Any] = dict(self._bookkeeping())
-        lengths: dict[str, Any] = {table_of(name): stream.lengths for name, stream in self.streams.items()}
+        ids = self._ids(found)
+        columns: dict[str, Any] = dict(_bookkeeping(found))
+        lengths: dict[str, Any] = {table_of(name): stream.lengths for name, stream in found.streams.items()}
         nonfinite = {}
-        for taken in self.captures.values():
+        for taken in found.captures.values():
             columns[taken.column] = as_numpy(taken.rows)
             nonfinite[taken.column] = nonfinite_rows(taken.rows)
-            if taken.tap.options.missing == "absent":
+            if taken.tap.options.missing == "absent" or taken.keys is not None:
                 lengths[split(taken.column)[0]] = taken.lengths or [1] * len(ids)
         for column in known.keys() - columns.keys():
             columns[column], lengths[split(column)[0]] = known[column], [0] * len(ids)
-        by_table = {table_of(name): stream for name, stream in self.streams.items()}
+        by_table = {table_of(name): stream for name, stream in found.streams.items()}
         columns.update(label_columns(self.given.labels, by_table, len(ids)))
         used = {split(name)[0] for name, values in columns.items() if not isinstance(values, list)}
         return Rows(ids, columns, {name: lengths[name] for name in lengths if name in used}, nonfinite)
 
-    def _ids(self) -> keys.Ids:
+    @property
+    def _goes_on(self) -> bool:
+        """Whether what hooks show still belongs to a batch that can be recorded."""
+        return self.error is None and self.forwards == len(self.steps)
+
+    def _open_main(self, arguments: Mapping[str, Any]) -> None:
+        given, first = self.given, self.forwards == 1
+        stream = main_stream(
+            arguments,
+            tokens=given.tokens if first else None,
+            mask=given.mask if first else None,
+            segments=given.segments if first else None,
+            examples=self._expected_examples(arguments),
+            continues=not first,
+        )
+        if given.examples is None and (stream is None or stream.tokens is None):
+            raise BatchError(
+                "ids='content' hashes the tokens of each example, but this call shows none; give ids, or batch(tokens=...)"
+            )
+        if stream is None:
+            return
+        self.steps[-1].streams[MAIN] = unfinished(self.model, self._earlier(MAIN), stream)
+        if first:
+            warn_of_positions(self.model, stream)
+            self._check_examples(stream)
+
+    def _earlier(self, name: str) -> list[Stream]:
+        return [step.streams[name] for step in self.steps[:-1] if name in step.streams]
+
+    def _segments(self, stream: Stream) -> list[torch.Tensor]:
+        """The segment of each token, as the label token/segment gives it."""
+        if "token/segment" not in self.given.labels:
+            raise BatchError("reduce='flow' needs the segment of each token: batch(labels={'token/segment': ...}), -1 for none")
+        segments = label_columns({"token/segment": self.given.labels["token/segment"]}, {MAIN: stream}, self._examples)
+        return [torch.as_tensor(np.asarray(one)) for one in segments["token/segment"]]
+
+    def _ids(self, found: Step) -> keys.Ids:
         if not isinstance(self.given.ids, str):
             return keys.normalise(self.given.ids)
-        stream = self.streams.get(MAIN)
+        stream = found.streams.get(MAIN)
         if stream is None or stream.tokens is None:
             raise BatchError("ids='content' hashes the tokens of each example, but this batch has none; give ids")
         pieces = np.split(as_numpy(stream.pack(stream.tokens)), np.cumsum(stream.lengths)[:-1])
         return [keys.content_id(piece) for piece in pieces]
 
-    def _bookkeeping(self) -> dict[str, Array]:
-        """Tokens and positions of every stream that has them."""
-        found = {}
-        for name, stream in self.streams.items():
-            if stream.tokens is not None:
-                found[f"{table_of(name)}/input_ids"] = as_numpy(stream.pack(stream.tokens))
-            if stream.tokens is not None or stream.mask is not None:
-                found[f"{table_of(name)}/position"] = _positions(stream)
-        return found
-
     @property
     def _input_rows(self) -> int:
-        stream = self.streams.get(MAIN) or self.streams.get(DECODER)
+        streams = self.steps[-1].streams if self.steps else {}
+        stream = streams.get(MAIN) or streams.get(DECODER)
         return stream.rows if stream is not None else self._examples
 
     @property
     def _examples(self) -> int:
-        stream = self.streams.get(MAIN)
+        stream = self.steps[0].streams.get(MAIN) if self.steps else None
         return self.given.examples or (len(stream.lengths) if stream is not None else 0)
 
     def _expected_examples(self, arguments: Mapping[str, Any]) -> int:
@@ -175,41 +227,56 @@ class Batch:
         first = next((value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim), None)
         return 0 if first is None else len(first)
 
-    def _check_examples(self, stream: Stream | None) -> None:
+    def _check_examples(self, stream: Stream) -> None:
         count = self.given.examples
-        if stream is not None and count is not None and count != len(stream.lengths):
+        if count is not None and count != len(stream.lengths):
             raise BatchError(
                 f"{count} ids were given for a batch of {len(stream.lengths)} examples ({stream.rows} rows of {stream.width} "
                 "positions); give one id per example. Rows that hold several examples need position_ids that start anew with each, "
                 "or batch(segments=...)"
             )
 
-    def _check_grid(self) -> None:
+    def _check_grid(self, found: Step) -> None:
         """A mask or tokens that no captured tensor has the width of were meant for something else."""
         given = self.given.mask is not None or self.given.tokens is not None
-        streams = {taken.layout.stream for taken in self.captures.values() if taken.layout.stream}
+        streams = {taken.layout.stream for taken in found.captures.values() if taken.layout.stream}
         if given and streams and MAIN not in streams:
-            stream, other = self.streams[MAIN], self.streams[min(streams)]
+            stream, other = found.streams[MAIN], found.streams[min(streams)]
             raise BatchError(
                 f"the mask or tokens given are for {stream.rows} rows of {stream.width} positions, but what was captured has "
                 f"{other.rows} rows of {other.width}"
             )
 
-    def _check_first(self, taps: list[Tap]) -> None:
-        reached = {(site.path, site.port) for site, _ in self.captures}
-        calls = {(site.path, site.port, site.call) for site, _ in self.captures}
+    def _check_first(self, found: Step, taps: list[Tap]) -> None:
         for tap in taps:
-            if (tap.path, tap.port) not in reached if tap.call is None else (tap.path, tap.port, tap.call) not in calls:
-                raise SiteNotFoundError(
-                    f"site {tap.name(tap.call or 1)} was never reached by the forward: the module was not called"
-                    + (f" {tap.call} times" if tap.call else "")
-                    + " (some modules only hold weights that their parent uses); choose another site"
-                )
+            if not any(tap.takes(site) for site, _ in found.captures):
+                raise SiteNotFoundError(self._never_reached(tap))
 
-    def _check_same(self, taps: list[Tap], expected: set[Key]) -> None:
-        optional = {(tap.path, tap.port) for tap in taps if tap.options.missing == "absent"}
-        missing = sorted(str(site) for site, _ in expected - self.captures.keys() if (site.path, site.port) not in optional)
-        new = sorted(str(site) for site, _ in self.captures.keys() - expected)
+    def _never_reached(self, tap: Tap) -> str:
+        if tap.site.is_gradient and any(tap.takes(site) for site in self._graphless):
+            return (
+                f"site {tap.site} has no gradient: nothing its tensor was computed from requires one, or the forward ran under "
+                "no_grad. Where all parameters are frozen, give the model inputs_embeds after inputs_embeds.requires_grad_()"
+            )
+        if tap.site.is_gradient:
+            return f"site {tap.site} was reached by no backward: call backward() inside `with recorder.batch(...)`"
+        if tap.site.is_attention:
+            return (
+                f"no attention was seen at {str(tap.site)!r}: it goes neither through transformers' attention interface, "
+                "nn.MultiheadAttention, scaled_dot_product_attention nor a softmax of an attention module, or the model was "
+                "compiled before the recorder was attached; record module outputs instead"
+            )
+        return (
+            f"site {tap.site} was never reached by the forward: the module was not called"
+            + (f" {tap.call} times" if tap.call else "")
+            + " (some modules only hold weights that their parent uses); choose another site"
+        )
+
+    def _check_same(self, found: Step, taps: list[Tap], expected: set[Key]) -> None:
+        optional = [tap for tap in taps if tap.options.missing == "absent"]
+        absent = expected - found.captures.keys()
+        missing = sorted(str(site) for site, _ in absent if not any(tap.takes(site) for tap in optional))
+        new = sorted(str(site) for site, _ in found.captures.keys() - expected)
         if missing or new:
             what = f"did not run: {', '.join(missing)}" if missing else f"ran for the first time: {', '.join(new)}"
             raise SiteNotFoundError(
@@ -217,23 +284,15 @@ class Batch:
             )
 
 
-def keep(rows: Rows, wanted: Array) -> Rows:
-    """Only some examples of a batch; `wanted` is a mask over its examples."""
-    chosen = np.flatnonzero(wanted)
-    tokens = {table: np.repeat(wanted, lengths) for table, lengths in rows.lengths.items()}
+def _bookkeeping(found: Step) -> dict[str, Array]:
+    """Tokens and positions of every stream that has them."""
     columns = {}
-    for name, values in rows.columns.items():
-        table = split(name)[0]
-        packed = is_ragged(table) and not isinstance(values, list)
-        columns[name] = values[tokens[table]] if packed else [values[number] for number in chosen]
-    lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items()}
-    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items()}
-    return Rows([rows.ids[number] for number in chosen], columns, lengths, nonfinite)  # type: ignore[arg-type]
-
-
-def _nonfinite(rows: Any) -> int:
-    found = np.asarray(rows)
-    return int((~np.isfinite(found.reshape(len(found), -1).astype(np.float64))).any(1).sum())
+    for name, stream in found.streams.items():
+        if stream.tokens is not None:
+            columns[f"{table_of(name)}/input_ids"] = as_numpy(stream.pack(stream.tokens))
+        if stream.tokens is not None or stream.mask is not None:
+            columns[f"{table_of(name)}/position"] = _positions(stream)
+    return columns
 
 
 def _positions(stream: Stream) -> Array:

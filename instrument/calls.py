@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def main_stream(
     mask: torch.Tensor | None,
     segments: torch.Tensor | None,
     examples: int,
+    continues: bool = False,
 ) -> Stream | None:
     """The stream of the root call; None where nothing in the call tells its width.
 
@@ -32,6 +34,7 @@ def main_stream(
         arguments: the call's arguments by name.
         tokens, mask, segments: what the user gave, which counts more.
         examples: number of ids; more than there are rows means packed rows.
+        continues: the forward continues a cache, so that its mask covers earlier positions, too.
     """
     seen = _tokens(arguments)
     if tokens is not None and seen is not None and tokens.shape != seen.shape:
@@ -45,6 +48,7 @@ def main_stream(
         return None
     rows, width = sample.shape[:2]
     positions = _grid(arguments.get("position_ids"), rows, width)
+    given = given[:, -width:] if given is not None and continues else given
     keep = None if given is None else keep_mask(given, rows, width)
     if segments is not None and tuple(segments.shape) != (rows, width):
         raise BatchError(
@@ -68,6 +72,25 @@ def decoder_stream(arguments: Mapping[str, Any], labels: Any) -> Stream | None:
         mask = labels != IGNORED_LABEL
     copied = None if tokens is None else tokens.detach().clone()
     return Stream(rows, width, None if mask is None else keep_mask(mask, rows, width), None, copied)
+
+
+def continued(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward continues a cache of keys and values."""
+    cache = arguments.get("past_key_values")
+    length = getattr(cache, "get_seq_length", None)
+    return bool(int(length())) if length is not None else bool(cache)
+
+
+def unfinished(model: nn.Module, earlier: Sequence[Stream], stream: Stream) -> Stream:
+    """A decoding step without the rows that had ended before it: what `generate` feeds them is no token of theirs."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    generated = [step.tokens for step in earlier[1:] if step.tokens is not None]
+    if eos is None or not generated or stream.width != 1:
+        return stream
+    ends = torch.as_tensor(eos, device=generated[0].device).reshape(-1)
+    ended = torch.isin(torch.cat(generated, 1), ends).any(1, keepdim=True)
+    mask = ~ended if stream.mask is None else stream.mask & ~ended.to(stream.mask.device)
+    return replace(stream, mask=None if bool(mask.all()) else mask)
 
 
 def warn_of_positions(model: nn.Module, stream: Stream | None) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from tensortape.stores.patterns import Alias, SiteName
 
+from .anatomy import Stack
 from .errors import LayoutError
 from .layouts import Layout, infer
 from .reduce import reduced
@@ -18,23 +20,45 @@ from .streams import MAIN, Stream, table_of
 
 @dataclass(frozen=True)
 class Capture:
-    """Rows [n, *feature] of a site in one batch, on the device they were computed on, and the table they belong to."""
+    """Rows [n, *feature] of a site in one batch, on the device they were computed on, and the table they belong to.
+
+    Args:
+        lengths: rows per example; None for exactly one.
+        suffix: how the rows were reduced, or what else they are of the site.
+        keys: the layout of the keys, where a row is a (query, key) pair.
+        about: what else the run says of the column.
+    """
 
     tap: Tap
     site: SiteName
     layout: Layout
     rows: torch.Tensor
-    lengths: list[int] | None  # rows per example; None for exactly one
+    lengths: list[int] | None
+    suffix: str | None = None
+    keys: Layout | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[SiteName, str | None]:
+        """What tells captures of one batch apart."""
+        return self.site, self.suffix
 
     @property
     def column(self) -> str:
         """The column the rows go to."""
-        reduction = self.tap.options.reduce
+        name = f"{self.site}|{self.suffix}" if self.suffix else str(self.site)
         if self.tap.options.missing == "absent":
-            return f"token.{self.site.path}/{self.site}"
-        if reduction is not None:
-            return f"example/{self.site}|{reduction}"
-        return f"example/{self.site}" if self.lengths is None else f"{table_of(self.layout.stream)}/{self.site}"
+            return f"token.{self.site.path}/{name}"
+        return f"{self._table}/{name}"
+
+    @property
+    def _table(self) -> str:
+        if self.lengths is None:
+            return "example"
+        if self.keys is None:
+            return table_of(self.layout.stream)
+        streams = self.layout.stream, self.keys.stream
+        return "pair" if streams == (MAIN, MAIN) else f"pair.{streams[0]}.{streams[1]}"
 
 
 @dataclass
@@ -42,7 +66,9 @@ class Pins:
     """What a recording has learnt of its sites: layouts, once known, hold for all later batches."""
 
     aliases: Mapping[SiteName, list[Alias]]
+    stacks: Sequence[Stack] = ()
     layouts: dict[SiteName, Layout] = field(default_factory=dict)
+    stored: dict[SiteName, str] = field(default_factory=dict)
 
     def layout(self, tap: Tap, site: SiteName, tensor: torch.Tensor, streams: Mapping[str, Stream], rows: int) -> Layout:
         """The layout of a site's tensors."""
@@ -51,15 +77,25 @@ class Pins:
             self.layouts[site] = asked or infer(tuple(tensor.shape), rows, streams, str(site), **self._hints(site, streams))
         return self.layouts[site]
 
+    def aliases_of(self, site: SiteName, *, cross: bool = False) -> list[Alias]:
+        """What a site is in every architecture; attention by the block it is in."""
+        if not site.is_attention:
+            return self.aliases.get(site.value, [])
+        found = [alias for stack in self.stacks for alias in _attention_of(stack, site, cross=cross)]
+        return found[:1]
+
+    def home(self, site: SiteName) -> str | None:
+        """The stream of the stack that a site belongs to; None for a site of no stack."""
+        stack = next((alias.stack for alias in self.aliases_of(site)), None)
+        return None if stack is None else "decoder" if stack.rpartition(".")[2] == "decoder" else MAIN
+
     def _hints(self, site: SiteName, streams: Mapping[str, Stream]) -> dict[str, str | None]:
-        stack = next((alias.stack for alias in self.aliases.get(site, [])), None)
-        home = None if stack is None else "decoder" if stack.rpartition(".")[2] == "decoder" else MAIN
         opens = site.path or "root"
-        return {"home": home, "opens": None if opens in streams else opens}
+        return {"home": self.home(site), "opens": None if opens in streams else opens}
 
     def stack(self, site: SiteName) -> str | None:
         """The stack whose residual stream the site is in; None for any other site."""
-        return next((alias.stack for alias in self.aliases.get(site, []) if alias.layer is not None), None)
+        return next((alias.stack for alias in self.aliases_of(site) if alias.layer is not None), None)
 
     def promote(self, captures: dict[tuple[SiteName, str | None], Capture], streams: dict[str, Stream]) -> None:
         """Where the call showed no tokens (images, features), make the first stack's stream, or else the first, the main one."""
@@ -68,10 +104,10 @@ class Pins:
             return
         main = next((stream for key, stream in opened if self.stack(key[0]) is not None), opened[0][1])
         streams[MAIN] = streams.pop(main)
-        for key, stream in opened:
-            if stream == main:
-                self.layouts[key[0]] = replace(self.layouts[key[0]], stream=MAIN)
-                captures[key] = replace(captures[key], layout=self.layouts[key[0]])
+        self.layouts.update({site: _renamed(layout, main) for site, layout in self.layouts.items()})
+        for key, taken in captures.items():
+            keys = None if taken.keys is None else _renamed(taken.keys, main)
+            captures[key] = replace(taken, layout=_renamed(taken.layout, main), keys=keys)
 
 
 def capture(
@@ -79,7 +115,7 @@ def capture(
 ) -> Capture:
     """Take the kept rows of a tensor; `streams` gains the stream that the tensor opens, if it does."""
     tensor = tensor.detach()
-    layout = pins.layout(tap, site, tensor, streams, rows)
+    layout = pins.layout(tap, site.value, tensor, streams, rows)
     if tensor.ndim < layout.least_axes:
         raise LayoutError(f"site {site} has the layout {str(layout)!r}, but gave a tensor of shape {list(tensor.shape)}")
     stream = _stream(layout, tensor, streams, str(site))
@@ -91,7 +127,21 @@ def capture(
     lengths = None if stream is None else stream.lengths
     if tap.options.reduce is not None and lengths is not None:
         kept, lengths = reduced(kept, lengths, tap.options.reduce), None
-    return Capture(tap, site, layout, kept, lengths)
+    return Capture(tap, site, layout, kept, lengths, tap.options.reduce)
+
+
+def _attention_of(stack: Stack, site: SiteName, *, cross: bool) -> Iterator[Alias]:
+    """The alias of an attention call, by the block of the stack that it is in."""
+    shared = len({block.path for block in stack.blocks}) < len(stack.blocks)
+    for layer, block in enumerate(stack.blocks):
+        inside = site.path == block.path or site.path.startswith(f"{block.path}.")
+        if inside and (not shared or block.call == site.call):
+            yield Alias(stack.name, "cross_attention" if cross else "attention", layer, len(stack.blocks))
+
+
+def _renamed(layout: Layout, stream: str) -> Layout:
+    """A layout on the stream that has become the main one."""
+    return replace(layout, stream=MAIN) if layout.stream == stream else layout
 
 
 def _stream(layout: Layout, tensor: torch.Tensor, streams: dict[str, Stream], site: str) -> Stream | None:

@@ -5,6 +5,7 @@ InstrumentError
 ├── LayoutError (ValueError)            which axis is what cannot be told
 ├── BatchError (ValueError)             ids, labels, mask or tokens do not fit the batch
 ├── ForwardError (RuntimeError)         no forward, or one too many, in a batch context
+├── AttentionError (RuntimeError)       attention that was not seen, or that what was seen does not explain
 ├── CompiledModelError (RuntimeError)   hooks would be ignored by a model that is already compiled
 └── UnsupportedModelError (TypeError)   a wrapper that cannot be recorded
 """
@@ -30,6 +31,10 @@ class BatchError(InstrumentError, ValueError):
 
 class ForwardError(InstrumentError, RuntimeError):
     """No forward, or one too many, in a batch context."""
+
+
+class AttentionError(InstrumentError, RuntimeError):
+    """Attention that was not seen, or that what was seen does not explain."""
 
 
 class CompiledModelError(InstrumentError, RuntimeError):

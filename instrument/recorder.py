@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,13 +16,17 @@ from tensortape.stores import RunWriter, keys, layout
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
-from .batch import Batch, Given, Key, Rows, keep
-from .capture import Pins
-from .errors import BatchError
+from .anatomy import stacks
+from .batch import Batch, Given
+from .capture import Capture, Pins
+from .errors import BatchError, ForwardError
 from .modules import is_compiled, refuse_compiled, unwrapped
 from .provenance import about
+from .rows import Rows, keep
 from .sites import Selection, aliases_by_site, resolve
+from .steps import Key, Step
 from .taps import TapSet
+from .targets import Reduction, Target
 
 
 class Recorder:
@@ -69,11 +73,12 @@ class Recorder:
         refuse_compiled(model, recompile=recompile)
         self._model = unwrapped(model)
         self._taps = resolve(self._model, sites)
-        self._pins = Pins(aliases_by_site(self._model))
+        self._pins = Pins(aliases_by_site(self._model), stacks(self._model))
         self._stays = is_compiled(model)
         self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
         self._expected: set[Key] | None = None
         self._known: dict[str, Any] = {}
+        self._batch: Batch | None = None
         self._resumes = mode == "resume"
         self.writer = RunWriter(to, mode=mode, durability=durability, memory_budget=memory_budget, about=about(self._model))
 
@@ -93,8 +98,9 @@ class Recorder:
         tokens: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
+        forwards: Literal["one", "generate"] = "one",
     ) -> Iterator[Batch]:
-        """Record the one forward of the model that runs inside: all of its examples in every column, or none.
+        """Record the one forward of the model that runs inside, and its backward: all of its examples in every column, or none.
 
         Args:
             ids: text or integers, one per example and new to the run, or "content" to use a hash of each example's tokens.
@@ -102,19 +108,49 @@ class Recorder:
             tokens: [B, T] input ids, where the call does not show them as `input_ids`.
             mask: [B, T], 1 where a position is a real token, where the call has no 2-D `attention_mask`.
             segments: [B, T] integers, for rows that hold several examples: which one a position belongs to.
+            forwards: `generate` for `model.generate(...)`: each forward continues the one before it, and tokens after an example's
+                end are left out. A forward that is given a filled KV cache continues without it, too.
 
         Raises:
             BatchError, LayoutError, ForwardError, SiteNotFoundError, KeyRepeatedError: after the block, and nothing of the batch is
             recorded; whatever the block itself raises passes through.
         """
-        given = Given(_checked(ids), labels or {}, tokens, mask, segments)
+        if forwards not in ("one", "generate"):
+            raise ValueError(f"forwards is 'one' or 'generate', not {forwards!r}")
+        given = Given(_checked(ids), labels or {}, tokens, mask, segments, forwards == "generate")
         batch = Batch(given, self._model, self._pins, recorded=not self._has_all(given))
         if not batch.recorded:
             yield batch
             return
-        with self._hooks(), self._tap_set.sending_to(batch):
-            yield batch
+        self._batch = batch
+        try:
+            with self._hooks(), self._tap_set.sending_to(batch):
+                yield batch
+        finally:
+            self._batch = None
         self._write(batch)
+
+    @contextmanager
+    def target(self, name: str, *, reduction: Reduction | None = None, factor: Any = 1.0, scaler: Any = None) -> Iterator[None]:
+        """Say what a backward inside differentiates; without it a backward is that of target `loss`, reduction undeclared.
+
+        Args:
+            name: gradients go to columns `...@<name>`.
+            reduction: how the scalar joins its examples: `sum`, or `mean`, which the gradients are multiplied with the number of
+                examples for. Analyses of single examples refuse gradients of an undeclared reduction.
+            factor: what each example's gradient is multiplied with besides, one number or one per example: for a mean over all
+                tokens of the batch, their number divided by the example's own.
+            scaler: a GradScaler whose present scale is taken out of the gradients.
+        """
+        if self._batch is None:
+            raise ForwardError("recorder.target(...) brackets a backward inside `with recorder.batch(...)`")
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        before = self._batch.target
+        self._batch.target = Target(name, reduction, torch.as_tensor(factor, dtype=torch.float64) / scale)
+        try:
+            yield
+        finally:
+            self._batch.target = before
 
     def commit(self) -> None:
         """Make everything recorded so far visible and durable."""
@@ -151,12 +187,13 @@ class Recorder:
         return all(id_ in self.writer.committed_ids for id_ in keys.normalise(given.ids))
 
     def _write(self, batch: Batch) -> None:
-        batch.check(self._taps, self._expected)
-        rows = self._new_only(batch.rows(self._known))
+        found = batch.whole()
+        batch.check(found, self._taps, self._expected)
+        rows = self._new_only(batch.rows(found, self._known))
         if self._expected is None:
-            self._learn(batch)
+            self._learn(found, rows)
         self.writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite)
-        self._expected = self._expected or set(batch.captures)
+        self._expected = self._expected or set(found.captures)
 
     def _new_only(self, rows: Rows) -> Rows:
         if not self._resumes:
@@ -164,23 +201,27 @@ class Recorder:
         wanted = np.array([id_ not in self.writer.committed_ids for id_ in rows.ids])
         return rows if wanted.all() else keep(rows, wanted)
 
-    def _learn(self, batch: Batch) -> None:
+    def _learn(self, found: Step, rows: Rows) -> None:
         """After the first batch: say what each column is, and remember what an absent one looks like."""
-        for (site, _), taken in batch.captures.items():
-            self.writer.describe(
-                taken.column,
-                site={
-                    "path": site.path,
-                    "port": site.port,
-                    "call": site.call,
-                    "aliases": [[alias.stack, alias.name, alias.layer, alias.depth] for alias in self._pins.aliases.get(site, [])],
-                    "layout": str(taken.layout),
-                    "reduce": taken.tap.options.reduce,
-                    "target": None,
-                },
-            )
+        for taken in found.captures.values():
+            self.writer.describe(taken.column, site=self._described(taken))
             if taken.tap.options.missing == "absent":
-                self._known[taken.column] = batch.rows({}).columns[taken.column][:0]
+                self._known[taken.column] = rows.columns[taken.column][:0]
+
+    def _described(self, taken: Capture) -> dict[str, Any]:
+        site = taken.site
+        aliases = self._pins.aliases_of(site, cross=bool(taken.about.get("cross")))
+        said: dict[str, Any] = {name: taken.about[name] for name in ("attention", "scaled") if name in taken.about}
+        return {
+            "path": site.path,
+            "port": site.port,
+            "call": site.call,
+            "aliases": [[alias.stack, alias.name, alias.layer, alias.depth] for alias in aliases],
+            "layout": str(taken.layout),
+            "reduce": taken.suffix,
+            "target": taken.about.get("target"),
+            **said,
+        }
 
 
 def _checked(ids: Any) -> Any:

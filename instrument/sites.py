@@ -5,21 +5,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from tensortape.stores.patterns import Alias, Pattern, SiteName, parse_site
+from tensortape.stores.errors import SchemaError
+from tensortape.stores.patterns import FACT_PORTS, Alias, Pattern, SiteName, parse_site
 
 from . import layouts
-from .anatomy import aliased_sites
+from .anatomy import aliased_sites, stacks
 from .errors import SiteNotFoundError
 from .layouts import Layout
 from .modules import all_names, named
 from .reduce import REDUCTIONS
 
-Reduction = Literal["mean", "max", "first", "last"]
+Reduction = Literal["mean", "max", "first", "last", "entropy", "received", "flow"]
+OF_WEIGHTS = ("entropy", "received", "flow")
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,15 @@ class Site:
         pattern: a module path, glob, `re:` expression, alias or TransformerLens name.
         layout: which axis is what (`example token ...` and so on) where it cannot be inferred.
         reduce: store one row per example instead of all: its mean, max, first or last token; the column is named `<site>|<reduce>`.
+            Of `weights`: `entropy` in nats per query and head, `received` mass per key and head, `flow` between segments.
         dtype: cast to this dtype before storing (`float16`, `bfloat16`, `float32`); by default what the model computed.
         missing: `error` if the module does not run in some batch, or `absent`: the column then has a table of its own in which such
             examples own no rows.
+        store: of `attention`, what to keep: `qk` (queries and keys; the weights themselves only where they cannot be rebuilt from
+            those), `weights`, or `auto`: whichever takes fewer bytes in the first batch (queries and keys do where
+            T > d (H + Hkv) / H).
+        queries, keys: of `weights`, only these tokens of each example (-1 is the last): rows per key, or per query.
+        segments: of `flow`, how many segments the label `token/segment` tells apart.
     """
 
     pattern: str
@@ -40,15 +49,30 @@ class Site:
     reduce: Reduction | None = None
     dtype: str | None = None
     missing: Literal["error", "absent"] = "error"
+    store: Literal["qk", "weights", "auto"] = "qk"
+    queries: Sequence[int] | None = None
+    keys: Sequence[int] | None = None
+    segments: int | None = None
 
     def __post_init__(self) -> None:
         self.pinned_layout  # noqa: B018 - refuses an unknown layout where it is written
-        if self.reduce is not None and self.reduce not in REDUCTIONS:
-            raise ValueError(f"reduce is one of {', '.join(REDUCTIONS)}, not {self.reduce!r}")
+        known = OF_WEIGHTS if self._is_of_weights else REDUCTIONS
+        if self.reduce is not None and self.reduce not in known:
+            raise ValueError(f"reduce is one of {', '.join(known)} at {self.pattern!r}, not {self.reduce!r}")
+        if self.store not in ("qk", "weights", "auto"):
+            raise ValueError(f"store is 'qk', 'weights' or 'auto', not {self.store!r}")
+        if (self.queries is not None or self.keys is not None) and not self._is_of_weights:
+            raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
+        if (self.reduce == "flow") != (self.segments is not None):
+            raise ValueError("reduce='flow' and segments= (how many the label token/segment tells apart) need each other")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype names a torch dtype such as 'float16', not {self.dtype!r}")
         if self.missing not in ("error", "absent"):
             raise ValueError(f"missing is 'error' or 'absent', not {self.missing!r}")
+
+    @property
+    def _is_of_weights(self) -> bool:
+        return Pattern(self.pattern).port == "weights"
 
     @property
     def pinned_layout(self) -> Layout | None:
@@ -62,16 +86,44 @@ Selection = str | Site | Choose | Sequence["str | Site | Choose"]
 
 @dataclass(frozen=True)
 class Tap:
-    """One thing to capture: a port of a module, at one of its calls or (call None) at every one."""
+    """One thing to capture: a port of a module, at one of its calls or (call None) at every one.
+
+    A port of attention is captured at every attention call in the module or below it; of cross-attention only if `cross`.
+    """
 
     path: str
     port: str
     call: int | None
     options: Site
+    cross: bool = False
 
     def name(self, call: int) -> SiteName:
         """The site's name for one call."""
         return SiteName(self.path, self.port, call)
+
+    @cached_property
+    def site(self) -> SiteName:
+        """The site's name for the call asked for, or the first."""
+        return self.name(self.call or 1)
+
+    def covers(self, path: str, call: int) -> bool:
+        """Whether an attention call of this module is one of those asked for."""
+        return self.call in (None, call) and (not self.path or path == self.path or path.startswith(f"{self.path}."))
+
+    def takes(self, site: SiteName) -> bool:
+        """Whether a captured site is (part of) what was asked for."""
+        if self.call not in (None, site.call):
+            return False
+        if not self.site.is_attention:
+            return (self.path, self.port) in ((site.path, site.port), (site.path, site.port.partition("@")[0]))
+        return self.covers(site.path, site.call) and site.base in _parts(self.site) and site.is_gradient == self.site.is_gradient
+
+
+def _parts(site: SiteName) -> tuple[str, ...]:
+    """Ports that show that a port of attention was captured."""
+    if site.base != "attention":
+        return (site.base,)
+    return ("z", "weights") if site.is_gradient else ("q", "weights")
 
 
 def resolve(model: nn.Module, selection: Selection) -> list[Tap]:
@@ -79,9 +131,9 @@ def resolve(model: nn.Module, selection: Selection) -> list[Tap]:
     items = [selection] if isinstance(selection, (str, Site)) or callable(selection) else list(selection)
     modules, names = dict(named(model)), all_names(model)
     aliased = aliased_sites(model)
-    found: dict[tuple[str, str, int | None, str | None], Tap] = {}
+    found: dict[tuple[Any, ...], Tap] = {}
     for item in items:
-        for tap in _taps(item, modules, names, aliased):
+        for tap in _taps(item, model, modules, names, aliased):
             _add(found, tap)
     if not found:
         raise SiteNotFoundError("no site is selected; give sites=['resid_post'], for instance")
@@ -99,14 +151,22 @@ def aliases_by_site(model: nn.Module) -> dict[SiteName, list[Alias]]:
 
 
 def _taps(
-    item: str | Site | Choose, modules: dict[str, nn.Module], names: dict[str, str], aliased: list[tuple[Alias, SiteName]]
+    item: str | Site | Choose,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    names: dict[str, str],
+    aliased: list[tuple[Alias, SiteName]],
 ) -> Iterator[Tap]:
     if not isinstance(item, (str, Site)):
         yield from _chosen(item, modules)
         return
     options = Site(item) if isinstance(item, str) else item
     pattern = Pattern(options.pattern)
-    found = [*_by_alias(pattern, aliased, options), *_by_path(pattern, names, options)]
+    found = [
+        *_by_alias(pattern, aliased, options),
+        *_of_attention(pattern, model, options),
+        *_by_path(pattern, names, options),
+    ]
     if not found:
         raise SiteNotFoundError(_nothing(options.pattern, names, aliased))
     yield from found
@@ -115,8 +175,26 @@ def _taps(
 def _by_alias(pattern: Pattern, aliased: list[tuple[Alias, SiteName]], options: Site) -> Iterator[Tap]:
     shared = _repeated(aliased)
     for alias, site in aliased:
-        if pattern.matches_alias(alias) and pattern.port in (None, site.port):
-            yield Tap(site.path, site.port, site.call if site.path in shared else None, options)
+        port = pattern.port or site.port
+        if pattern.matches_alias(alias) and port.partition(".grad")[0] == site.port:
+            yield Tap(site.path, port, site.call if site.path in shared else None, options)
+
+
+def _of_attention(pattern: Pattern, model: nn.Module, options: Site) -> Iterator[Tap]:
+    """`attention`, `attention.grad`, `weights` and `cross_attention`, at every attention call or at those of some layers."""
+    port = pattern.port or "attention"
+    if not pattern.is_attention or not SiteName("", port).is_attention:
+        return
+    cross = pattern.is_cross_attention
+    if pattern.is_everywhere:
+        yield Tap("", port, None, options, cross)
+        return
+    name = "cross_attention" if cross else "attention"
+    for stack in stacks(model):
+        paths = [block.path for block in stack.blocks]
+        for layer, block in enumerate(stack.blocks):
+            if pattern.matches_alias(Alias(stack.name, name, layer, len(paths))):
+                yield Tap(block.path, port, block.call if paths.count(block.path) > 1 else None, options, cross)
 
 
 def _repeated(aliased: list[tuple[Alias, SiteName]]) -> set[str]:
@@ -129,7 +207,7 @@ def _by_path(pattern: Pattern, names: dict[str, str], options: Site) -> Iterator
         for port in ("out", "in") if pattern.text.startswith("re:") else (pattern.port or "out",):
             call = _call(pattern.text)
             if pattern.matches_path(SiteName(path, port, call or 1)):
-                yield Tap(first, port, call, options)
+                yield Tap(first, _asked(port), call, options)
 
 
 def _call(text: str) -> int | None:
@@ -141,12 +219,23 @@ def _chosen(choose: Choose, modules: dict[str, nn.Module]) -> Iterator[Tap]:
     for path, module in modules.items():
         ports = choose(path, module)
         for port in ("out",) if ports is True else (ports,) if isinstance(ports, str) else ports or ():
-            parse_site(f"{path}:{port}")  # refuses a port that there is not
-            yield Tap(path, port, None, Site(f"{path}:{port}"))
+            yield Tap(path, _asked(parse_site(f"{path}:{port}").port), None, Site(f"{path}:{port}"))
 
 
-def _add(found: dict[tuple[str, str, int | None, str | None], Tap], tap: Tap) -> None:
-    key = (tap.path, tap.port, tap.call, tap.options.reduce)
+def _asked(port: str) -> str:
+    """A port that users may ask for; SchemaError for one that is recorded beside others only."""
+    if SiteName("", port).base in FACT_PORTS:
+        raise SchemaError(f"there is no port {port!r} to ask for: it is recorded with 'attention'")
+    return port
+
+
+def _tuple(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
+def _add(found: dict[tuple[Any, ...], Tap], tap: Tap) -> None:
+    options = tap.options
+    key = (tap.path, tap.port, tap.call, options.reduce, tap.cross, _tuple(options.queries), _tuple(options.keys))
     earlier = found.setdefault(key, tap)
     _agree(earlier, tap)
 
@@ -160,7 +249,7 @@ def _check_calls(taps: list[Tap]) -> None:
 
 
 def _agree(one: Tap, other: Tap) -> None:
-    options = [(tap.options.layout, tap.options.dtype, tap.options.missing) for tap in (one, other)]
+    options = [(tap.options.layout, tap.options.dtype, tap.options.missing, tap.options.store) for tap in (one, other)]
     if options[0] != options[1]:
         name = other.name(other.call or 1)
         raise ValueError(f"site {name} is selected twice with different options: {one.options} and {other.options}")

@@ -2,15 +2,14 @@
 
 A TapSet is every hook of one recorder, attached and removed together. Hooks only look: they return nothing, copy what they take
 before anything can change it, and never raise into the user's forward; what goes wrong is reported to the receiver. They act only
-while a forward of the root module runs, so checkpoint recomputation during backward and direct calls of submodules are not taken.
+while a forward of the root module runs, so direct calls of submodules are not taken. Of what a checkpoint computes once more during
+backward, only gradients are taken, where the first pass had no graph.
 """
 
 from __future__ import annotations
 
-import inspect
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -21,24 +20,35 @@ from torch.utils.hooks import RemovableHandle
 
 from tensortape.stores.patterns import SiteName
 
-from .leaves import Leaf, pick
+from .arguments import Arguments, arguments_of, leaf_of
+from .attention.facts import Attended, Turn
+from .attention.watch import Watch
+from .leaves import pick
 from .modules import named
 from .sites import Tap
-
-Arguments = Mapping[str, Any]
+from .slow_path import SlowPath, needs_slow_path
 
 
 class Receiver(Protocol):
     """Who gets what the taps see."""
 
-    def started(self, arguments: Arguments) -> None:
-        """A forward of the root module begins with these arguments."""
+    def started(self, arguments: Arguments) -> int:
+        """A forward of the root module begins with these arguments; returns its number of input rows, 0 if not known."""
 
     def decoder_started(self, arguments: Arguments) -> None:
         """The decoder of an encoder-decoder begins with these arguments."""
 
     def captured(self, tap: Tap, site: SiteName, tensor: torch.Tensor) -> None:
         """A tapped tensor; to be copied before returning."""
+
+    def attended(self, taps: Sequence[Tap], site: SiteName, attended: Attended) -> None:
+        """An attention call that some taps cover; to be copied before returning."""
+
+    def graded(self, tap: Tap, site: SiteName, gradient: torch.Tensor) -> None:
+        """The gradient at a tapped tensor, or at an attention call; to be copied before returning."""
+
+    def without_gradient(self, site: SiteName) -> None:
+        """A gradient was asked for at a tensor that has none."""
 
     def failed(self, error: Exception) -> None:
         """Something went wrong in a hook."""
@@ -59,12 +69,18 @@ class TapSet:
         self._receiver: Receiver | None = None
         self._running = False
         self._calls: defaultdict[str, int] = defaultdict(int)
+        self._again: defaultdict[str, int] = defaultdict(int)  # calls computed once more during backward, last first
         self._open: defaultdict[str, list[int]] = defaultdict(list)  # calls that have begun and not ended: a module may call itself
+        self._listened: set[SiteName] = set()
         self._handles: list[RemovableHandle] = []
         self._needs_slow_path = False
         self._by_module: defaultdict[str, list[Tap]] = defaultdict(list)
         for tap in taps:
-            self._by_module[tap.path].append(tap)
+            if not tap.site.is_attention:
+                self._by_module[tap.path].append(tap)
+        self._attention = [tap for tap in taps if tap.site.is_attention]
+        self._watch = Watch(model, self._attended, self._guard, traceable=traceable) if self._attention else None
+        self._has_gradients = any(tap.site.is_gradient for tap in taps)
 
     @property
     def attached(self) -> bool:
@@ -83,13 +99,15 @@ class TapSet:
         """Take all hooks away; doing it twice is fine."""
         while self._handles:
             self._handles.pop().remove()
+        if self._watch is not None:
+            self._watch.remove()
         if self._needs_slow_path:
-            _SlowPath.leave()
+            SlowPath.leave()
             self._needs_slow_path = False
         self._running = False
 
     @contextmanager
-    def sending_to(self, receiver: Receiver) -> Any:
+    def sending_to(self, receiver: Receiver) -> Iterator[None]:
         """Send what forwards within the block show to this receiver."""
         self._receiver = receiver
         try:
@@ -106,15 +124,33 @@ class TapSet:
         self.remove()
 
     def _place_hooks(self) -> None:
-        self._disable_fast_path()
-        self._handles.append(self._model.register_forward_pre_hook(self._guard(self._begin), with_kwargs=True))
+        if needs_slow_path(self._model):
+            SlowPath.enter()
+            self._needs_slow_path = True
+        self._before(self._model, self._begin)
         decoder = _decoder_of(self._model)
         if decoder is not None:
-            self._handles.append(decoder.register_forward_pre_hook(self._guard(self._begin_decoder), with_kwargs=True))
+            self._before(decoder, self._begin_decoder)
+        if self._watch is not None:
+            self._watch.attach()
+            for module, before, after in self._watch.hooks():
+                self._hook(module, before, after)
         for path, module in named(self._model):
             if path in self._by_module:
                 self._tap(path, module)
         self._handles.append(self._model.register_forward_hook(self._guard(self._end), always_call=True))
+
+    def _hook(self, module: nn.Module, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
+        if before is not None:
+            self._before(module, before)
+        if after is not None:
+            self._after(module, after)
+
+    def _before(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(self._guard(hook), with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_hook(self._guard(hook), with_kwargs=True))
 
     def _tap(self, path: str, module: nn.Module) -> None:
         taps = self._by_module[path]
@@ -122,37 +158,89 @@ class TapSet:
         own = id(module)  # a deep copy of the model carries these hooks, too
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._running and id(module) == own:
-                self._calls[path] += 1
-                self._open[path].append(self._calls[path])
-                self._take(taps, "in", self._calls[path], lambda: _arguments(module, args, kwargs))
+            if self._acts and id(module) == own:
+                self._open[path].append(self._number(path))
+                self._take(taps, "in", self._open[path][-1], lambda: arguments_of(module, args, kwargs))
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._running and id(module) == own:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._acts and id(module) == own and self._open[path]:
                 self._take(taps, "out", self._open[path].pop(), lambda: output)
 
-        self._handles.append(module.register_forward_pre_hook(self._guard(before), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(self._guard(after)))
+        self._before(module, before)
+        self._after(module, after)
+
+    @property
+    def _acts(self) -> bool:
+        return self._running or self._recomputes
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether a checkpoint computes part of the recorded forward once more, which matters to gradients alone."""
+        return not self._running and self._has_gradients and self._receiver is not None and _in_backward()
+
+    def _number(self, path: str) -> int:
+        """Which call of a module this is; a checkpoint runs its calls once more from the last to the first."""
+        if self._running:
+            self._calls[path] += 1
+            return self._calls[path]
+        self._again[path] += 1
+        return max(1, self._calls[path] - self._again[path] + 1)
 
     def _take(self, taps: list[Tap], base: str, call: int, value: Callable[[], Any]) -> None:
         for tap in taps:
             site = tap.name(call)
-            if self._receiver is not None and site.base == base and tap.call in (None, call):
-                self._receiver.captured(tap, site, pick(value(), _leaf(site, value), str(site)))
+            if self._receiver is None or site.base != base or tap.call not in (None, call):
+                continue
+            if site.is_gradient:
+                tensor = pick(value(), leaf_of(site, value), str(site))
+                self._listen(tap, site, tensor)
+            elif self._running:
+                self._receiver.captured(tap, site, pick(value(), leaf_of(site, value), str(site)))
+
+    def _attended(self, path: str, attended: Attended) -> None:
+        if not self._acts or self._receiver is None:
+            return
+        call = self._number(f"{path}:attention")
+        taps = [tap for tap in self._attention if tap.covers(path, call)]
+        site = SiteName(path, "attention", call)
+        if taps and self._running:
+            self._receiver.attended(taps, site, attended)
+        for tap in taps:
+            if tap.site.is_gradient:
+                base = "weights" if attended.q is None else "z"
+                port = f"{base}.grad{tap.port.partition('.grad')[2]}"
+                self._listen(tap, SiteName(path, port, call), attended.source, attended.turn)
+
+    def _listen(self, tap: Tap, site: SiteName, tensor: torch.Tensor | None, turn: Turn = torch.detach) -> None:
+        """Hear of the gradient at a site. A checkpoint that keeps its first graph has been listened to in the first pass."""
+        receiver = self._receiver
+        if receiver is None or site in self._listened:
+            return
+        if tensor is None or not tensor.requires_grad:
+            receiver.without_gradient(site)
+            return
+        self._listened.add(site)
+        tensor.register_hook(self._guard(lambda gradient: receiver.graded(tap, site, turn(gradient))))  # type: ignore[no-untyped-call]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._receiver is not None and module is self._model and not _in_backward():
             self._running = True
-            self._calls.clear()
-            self._open.clear()
-            self._receiver.started(_arguments(module, args, kwargs))
+            for counts in (self._calls, self._again, self._open):
+                counts.clear()
+            self._listened.clear()
+            rows = self._receiver.started(arguments_of(module, args, kwargs))
+            if self._watch is not None:
+                self._watch.begin(rows)
 
     def _begin_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._receiver is not None and self._running:
-            self._receiver.decoder_started(_arguments(module, args, kwargs))
+            self._receiver.decoder_started(arguments_of(module, args, kwargs))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._running = self._running and module is not self._model
+        if module is self._model:
+            self._running = False
+            if self._watch is not None:
+                self._watch.end()
 
     def _guard(self, hook: Callable[..., None]) -> Callable[..., None]:
         """A hook that reports instead of raising, and that torch.compile leaves alone."""
@@ -167,69 +255,15 @@ class TapSet:
 
         return _untraced(guarded) if self._traceable else guarded
 
-    def _disable_fast_path(self) -> None:
-        """nn.TransformerEncoder's fast path computes a layer in one opaque operation, past most hooks."""
-        if any(isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) for module in self._model.modules()):
-            _SlowPath.enter()
-            self._needs_slow_path = True
-
-
-class _SlowPath:
-    """The fast path of nn.TransformerEncoder, off as long as any tap set needs it off."""
-
-    users = 0
-    before = True
-    lock = threading.Lock()
-
-    @classmethod
-    def enter(cls) -> None:
-        with cls.lock:
-            if not cls.users:
-                cls.before = torch.backends.mha.get_fastpath_enabled()
-            cls.users += 1
-            torch.backends.mha.set_fastpath_enabled(False)
-
-    @classmethod
-    def leave(cls) -> None:
-        with cls.lock:
-            cls.users -= 1
-            if not cls.users:
-                torch.backends.mha.set_fastpath_enabled(cls.before)
-
 
 def _in_backward() -> bool:
     """Whether autograd is running: a forward then is a checkpoint's recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, in the order of the module's signature, whichever way they were given."""
-    signature = inspect.signature(module.forward)
-    bound = signature.bind_partial(*args, **kwargs).arguments
-    found: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            found.update({f"{name}.{number}": inner for number, inner in enumerate(value)})
-        else:
-            found[name] = value
-    return found
-
-
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
     disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled
-
-
-def _leaf(site: SiteName, value: Callable[[], Any]) -> Leaf:
-    """Keys of the leaf; an input may be named by its place among the arguments, too."""
-    leaf = site.leaf
-    if site.base == "in" and leaf and leaf[0].isdigit():
-        names = list(value())
-        return (names[int(leaf[0])], *leaf[1:]) if int(leaf[0]) < len(names) else leaf
-    return leaf
 
 
 def _decoder_of(model: nn.Module) -> nn.Module | None:

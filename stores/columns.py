@@ -88,18 +88,22 @@ class Column:
     def __getitem__(self, example: int | slice) -> Any:
         if isinstance(example, slice):
             return [self[number] for number in range(*example.indices(len(self._places.part)))]
-        number = self._number(example)
-        part, start, length = (int(values[number]) for values in (self._places.part, self._places.start, self._places.length))
-        if part < 0:
-            raise MissingExampleError(f"column {self.name!r} has no value for example {self._index.id(number)!r}")
+        part, start, length = self._place(example)
         rows = self._slice(part, start, start + length)
         return rows[0] if self._schema.table == "example" else rows
+
+    def within(self, example: int, first: int, last: int) -> Array:
+        """Rows [first, last) of an example, without reading the rest of it."""
+        part, start, length = self._place(example)
+        if not 0 <= first <= last <= length:
+            raise IndexError(f"rows {first} to {last} of an example that has {length}")
+        return self._slice(part, start + first, start + last)
 
     def rows(self, selection: Any = slice(None)) -> Any:
         """Rows by number, over all examples in order: an integer array, a boolean mask or a slice give [n, *feature], one integer
         gives [*feature]."""
         if isinstance(selection, (int, np.integer)) and not isinstance(selection, bool):
-            return self.rows(np.array([selection]))[0]
+            return self._gather(_in_range(np.array([selection]), len(self)))[0]
         if isinstance(selection, slice):
             start, stop, step = selection.indices(len(self))
             if step == 1:
@@ -186,6 +190,14 @@ class Column:
 
     def _column_of(self, part: int) -> ColumnSchema:
         return self._parts[part].state.columns[self.name]
+
+    def _place(self, example: int) -> tuple[int, int, int]:
+        """Part, first row and number of rows of an example."""
+        number = self._number(example)
+        part, start, length = (int(values[number]) for values in (self._places.part, self._places.start, self._places.length))
+        if part < 0:
+            raise MissingExampleError(f"column {self.name!r} has no value for example {self._index.id(number)!r}")
+        return part, start, length
 
     def _number(self, example: int) -> int:
         count = len(self._places.part)

@@ -10,7 +10,9 @@ StoreError
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
 ├── SchemaError (ValueError)              what was given does not fit the run
 │   └── KeyRepeatedError                  the same example twice
+├── GradientError (RuntimeError)          gradients that are not what an analysis needs
 ├── UnknownColumnError (KeyError)      no such column, table or site
+│   └── AttentionNotRecordedError      the run holds no (or not enough) attention of that site
 └── MissingExampleError (KeyError)     the column has no value for that example
 """
 
@@ -59,6 +61,14 @@ class UnknownColumnError(StoreError, KeyError):
     """No column, table or site of that name."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class GradientError(StoreError, RuntimeError):
+    """Gradients that are not what an analysis needs."""
+
+
+class AttentionNotRecordedError(UnknownColumnError):
+    """The run holds no attention, or not enough of it, of that site."""
 
 
 class MissingExampleError(StoreError, KeyError):

@@ -4,7 +4,10 @@ layers.*.mlp            module paths; `*` is one path segment (or part of one), 
 layers.3:in             a port; `out` is the default, `out[1]` and `out[last_hidden_state]` pick a leaf
 layers.3#2              the second call of a module within one forward; without `#` every call
 re:.*(mlp|attn)         a regular expression for the whole module path, or for `path:port`
+layers.3:out.grad       the gradient at a port; recorded as `out.grad@<target>`, one column per target
+layers.3.self_attn:q    what an attention function saw: q k v z weights, and `attention` for all that rebuilds the weights
 resid_post[0:12:2]      an alias that every architecture shares, with a slice over layers; `encoder.resid_post` picks a stack
+attention               every attention module; also `attention.grad`, `weights`, `cross_attention`, and slices of them
 blocks.3.hook_resid_pre a TransformerLens name, the same site as `resid_pre[3]`
 """
 
@@ -12,18 +15,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .errors import SchemaError
 
-ALIASES = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final_norm")
+ALIASES = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final_norm", "attention", "cross_attention")
+ATTENTION_PORTS = ("q", "k", "v", "z", "weights", "attention")
+FACT_PORTS = ("keys", "bias", "sinks", "dropout")  # recorded with `attention`, to rebuild the weights from; not asked for by name
 
-_PORT = re.compile(r"(?P<base>in|out)(?P<leaf>(\[[^\[\]]+\])*)")
+_PORT = re.compile(
+    r"(?P<base>in|out)(?P<leaf>(\[[^\[\]]+\])*)(?P<grad>\.grad(@(?P<target>.+))?)?"
+    rf"|(?P<part>{'|'.join((*ATTENTION_PORTS, *FACT_PORTS))})"
+    r"|(?P<graded>z|weights|attention)\.grad(@(?P<aim>.+))?"
+)
 _SITE = re.compile(r"(?P<path>[^:#]*)(#(?P<call>\d+))?(:(?P<port>.*))?")
 _ALIAS = re.compile(rf"((?P<stack>[\w.]+)\.)?(?P<alias>{'|'.join(ALIASES)})(\[(?P<layers>-?\d*(:-?\d*){{0,2}})\])?(:(?P<port>.*))?")
-_LENS = re.compile(r"blocks\.(?P<layer>\d+|\*)\.hook_(?P<name>\w+)")
+_SHORT = re.compile(
+    r"(?P<stack>([\w.]+\.)?)((?P<port>weights)|(?P<alias>attention|cross_attention)\.grad)(?P<layers>(\[[-\d:]*\])?)"
+)
+_LENS = re.compile(r"blocks\.(?P<layer>\d+|\*)\.(?P<attention>attn\.)?hook_(?P<name>\w+)")
 _LENS_NAMES = {"hook_embed": "embed", "ln_final.hook_normalized": "final_norm"}
+_LENS_PORTS = {"pattern": "weights"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +52,40 @@ class SiteName:
 
     @property
     def base(self) -> str:
-        """`in` or `out`."""
-        return _port(self.port)[0]
+        """`in`, `out`, or a port of attention."""
+        found = _port(self.port)
+        return str(found["base"] or found["part"] or found["graded"])
 
     @property
     def leaf(self) -> tuple[str, ...]:
         """Keys of the leaf, outermost first; empty for the first floating tensor."""
-        return _port(self.port)[1]
+        return tuple(re.findall(r"\[([^\[\]]+)\]", _port(self.port)["leaf"] or ""))
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the site holds a gradient."""
+        found = _port(self.port)
+        return bool(found["grad"] or found["graded"])
+
+    @property
+    def target(self) -> str | None:
+        """What was differentiated; None for no gradient, and for a gradient of any target."""
+        found = _port(self.port)
+        return found["target"] or found["aim"]
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the site is part of an attention call rather than a module's input or output."""
+        return self.base not in ("in", "out")
+
+    @property
+    def value(self) -> SiteName:
+        """The site that a gradient is taken with respect to; the site itself for any other."""
+        return replace(self, port=self.port.partition(".grad")[0]) if self.is_gradient else self
+
+    def aimed(self, target: str) -> SiteName:
+        """The site of a gradient, naming the target."""
+        return replace(self, port=f"{self.port.partition('@')[0]}@{target}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +136,21 @@ class Pattern:
         """Whether the pattern names an alias."""
         return self._alias is not None
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether the pattern names the attention, or cross-attention, that every architecture shares."""
+        return self._alias is not None and self._alias["alias"] in ("attention", "cross_attention")
+
+    @property
+    def is_cross_attention(self) -> bool:
+        """Whether it names cross-attention."""
+        return self._alias is not None and self._alias["alias"] == "cross_attention"
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether an alias names neither layers nor a stack."""
+        return self._alias is not None and self._alias["layers"] is None and self._alias["stack"] is None
+
     def matches_alias(self, alias: Alias) -> bool:
         """Whether the pattern selects sites of this alias."""
         found = self._alias
@@ -109,20 +164,25 @@ class Pattern:
             expression = _compiled(self.text)
             return any(expression.fullmatch(text) for text in ((str(site),) if site.port != "out" else (str(site), site.path)))
         found = _SITE.fullmatch(self.text)
+        if self.is_attention:
+            return False  # a module of that name is named by its whole path
         if found is None or (found["call"] is not None and int(found["call"]) != site.call):
             return False
         return _glob(_segments(found["path"]), _segments(site.path))
 
     @cached_property
     def _alias(self) -> re.Match[str] | None:
-        return _ALIAS.fullmatch(_from_lens(self.text))
+        return _ALIAS.fullmatch(_from_short(_from_lens(self.text)))
 
 
-def _port(port: str) -> tuple[str, tuple[str, ...]]:
+def _port(port: str) -> re.Match[str]:
     found = _PORT.fullmatch(port)
     if found is None:
-        raise SchemaError(f"there is no port {port!r}; ports are 'out', 'in' and a leaf of either, such as 'out[1]'")
-    return found["base"], tuple(re.findall(r"\[([^\[\]]+)\]", found["leaf"]))
+        raise SchemaError(
+            f"there is no port {port!r}; ports are 'out', 'in' and a leaf of either, such as 'out[1]', their gradients, such as "
+            f"'out.grad', and of attention {', '.join(map(repr, ATTENTION_PORTS))}, 'z.grad' and 'attention.grad'"
+        )
+    return found
 
 
 def _from_lens(text: str) -> str:
@@ -130,7 +190,17 @@ def _from_lens(text: str) -> str:
     found = _LENS.fullmatch(text)
     if found is None:
         return _LENS_NAMES.get(text, text)
-    return found["name"] if found["layer"] == "*" else f"{found['name']}[{found['layer']}]"
+    name = "attention" if found["attention"] else found["name"]
+    port = f":{_LENS_PORTS.get(found['name'], found['name'])}" if found["attention"] else ""
+    return f"{name}{port}" if found["layer"] == "*" else f"{name}[{found['layer']}]{port}"
+
+
+def _from_short(text: str) -> str:
+    """`weights` and `attention.grad` on their own: that port at every attention module."""
+    found = _SHORT.fullmatch(text)
+    if found is None:
+        return text
+    return f"{found['stack']}{found['alias'] or 'attention'}{found['layers']}:{found['port'] or 'attention.grad'}"
 
 
 def _in_stack(asked: str | None, stack: str) -> bool:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import extension, names, runs, selection
+from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .columns import Column, Table
 from .dtypes import Array
-from .errors import NotARunError, UnknownColumnError
+from .errors import AttentionNotRecordedError, GradientError, NotARunError, UnknownColumnError
 from .index import Index
 from .part_reader import PartReader
 from .part_state import PartState, read_parts
-from .patterns import Alias
+from .patterns import Alias, Pattern
 from .places import LocalPlace
+from .scaled import ScaledColumn
 from .schema import Json
 from .shard_cache import ShardCache
 from .verify import Verification, verify_run
@@ -120,6 +122,8 @@ class Run:
         for name in dict.fromkeys(name for part in self._parts for name in part.state.columns):
             table, short = names.split(name)
             columns.setdefault(table, {})[short] = Column(name, self._parts, self._index)
+        for found in columns.values():
+            found.update({short: self._scaled(column, columns) for short, column in found.items() if _is_scaled(column)})
         return {table: Table(table, found, self._index) for table, found in columns.items()}
 
     @property
@@ -149,6 +153,71 @@ class Run:
     def aliases(self, column: Column) -> list[Alias]:
         """What a recorded site is in every architecture (`resid_post` of layer 3 of 12, say)."""
         return selection.aliases_of(column)
+
+    @property
+    def attention_sites(self) -> list[str]:
+        """Module paths (with `#2` and so on for later calls) with recorded attention, in call order."""
+        return [found.name for found in find(self.sites, lambda column: True)]
+
+    def attention(self, site: str | int, *, heads: Chosen = None, queries: Chosen = None, keys: Chosen = None) -> Attention:
+        """Attention probabilities of a site, rebuilt or stored: `run.attention(site)[i]` is example i, [head, query, key].
+
+        Args:
+            site: a module path, an alias with a layer (`attention[3]`, `cross_attention[0]`), or a layer's number.
+            heads, queries, keys: numbers, a slice or one number (which keeps its axis); only what they need is computed.
+
+        Raises:
+            AttentionNotRecordedError: none, or more than one, site of that name has attention.
+        """
+        return Attention(self._attention_at(site), Part(heads, queries, keys))
+
+    def saliency(
+        self,
+        site: str | int,
+        target: str = "loss",
+        *,
+        heads: Chosen = None,
+        queries: Chosen = None,
+        keys: Chosen = None,
+        assume: Literal["sum"] | None = None,
+    ) -> Saliency:
+        """A * dL/dA of a site, rebuilt from q, k, v and dL/dz: `run.saliency(site)[i]` is example i, [head, query, key].
+
+        Args:
+            site, heads, queries, keys: as for `attention`.
+            target: what was differentiated.
+            assume: `sum` takes gradients of an undeclared reduction as they are.
+
+        Raises:
+            AttentionNotRecordedError. GradientError: nobody has said how the target joins its examples; or, for an example,
+            dropout was active.
+        """
+        found = self._attention_at(site)
+        port = f"weights.grad@{target}" if f"weights.grad@{target}" in found.columns else f"z.grad@{target}"
+        said = (found.need(port).site or {})["target"]
+        if said["reduction"] is None and assume is None:
+            raise GradientError(
+                f"{found.name}:{port} is the gradient of a scalar of which nobody has said how it joins the examples of its batch, "
+                "so what one example's gradient is cannot be told. Declare it when recording, with recorder.target(..., "
+                "reduction='sum' or 'mean'), or pass assume='sum' to take the gradients as they are"
+            )
+        return Saliency(found, Part(heads, queries, keys), target)
+
+    def _attention_at(self, site: str | int) -> Recorded:
+        every = find(self.sites, lambda column: True)
+        text = f"attention[{site}]" if isinstance(site, int) else site
+        exact = [found for found in every if found.name == text]
+        pattern = Pattern(text)
+        found = exact or find(
+            self.sites,
+            lambda column: any(map(pattern.matches_alias, selection.aliases_of(column))) and selection.is_attention(column),
+        )
+        if len(found) != 1:
+            names = ", ".join(one.name for one in found or every) or "none"
+            raise AttentionNotRecordedError(
+                f"{text!r} fits {len(found)} of the attention sites of this run; {'it fits' if found else 'it has'} {names}"
+            )
+        return found[0]
 
     @property
     def examples(self) -> pd.DataFrame:
@@ -208,6 +277,11 @@ class Run:
         head = f"<Run {self.path}: {len(self)} examples, {self.nbytes / 1e6:.1f} MB, {commits} commits, {state}>"
         return "\n".join([head, *(f"  {self._described(table)}" for table in self.tables.values())])
 
+    def _scaled(self, column: Column, columns: dict[str, dict[str, Column]]) -> ScaledColumn:
+        found = ScaledColumn(column.name, self._parts, self._index)
+        found.scale = columns["example"][f"{names.split(column.name)[1]}|scale"]
+        return found
+
     def _described(self, table: Table) -> str:
         shown = [name for name in table if not name.startswith(("start.", "length."))]
         more = f", ... ({len(shown)} columns)" if len(shown) > 6 else ""
@@ -217,3 +291,7 @@ class Run:
         import pandas as pd
 
         return self.tables[table].to_pandas() if table in self.tables else pd.DataFrame()
+
+
+def _is_scaled(column: Column) -> bool:
+    return bool((column.site or {}).get("scaled"))

@@ -40,12 +40,25 @@ def aliases_of(column: Column) -> list[Alias]:
     return [Alias(*alias) for alias in (column.site or {}).get("aliases", [])]
 
 
+def is_attention(column: Column) -> bool:
+    """Whether a column was recorded of an attention call."""
+    return site_name(column).is_attention
+
+
 def _fits(pattern: Pattern, column: Column) -> bool:
     name = site_name(column)
-    if pattern.port is not None and pattern.port != name.port:
+    if pattern.port is not None and pattern.port not in (name.port, name.port.partition("@")[0]):
         # An alias already decides on a port of its own (`resid_pre` is a block's input).
         return False
-    return any(map(pattern.matches_alias, aliases_of(column))) or pattern.matches_path(name)
+    if pattern.port is None and name.is_gradient and not pattern.text.startswith("re:"):
+        return False  # gradients are asked for by name
+    by_alias = any(map(pattern.matches_alias, aliases_of(column)))
+    return by_alias or (pattern.matches_path(name) and (pattern.port is not None or _plain(pattern, name)))
+
+
+def _plain(pattern: Pattern, name: SiteName) -> bool:
+    """Whether a path without a port means this site: a module's input or output, not what is inside its attention."""
+    return not name.is_attention or pattern.text.startswith("re:")
 
 
 def _nothing(text: str, columns: Sequence[Column]) -> str:

@@ -1,0 +1,140 @@
+"""Masks: which keys each query may attend to, and what is added to its scores.
+
+Implementations mean different things by their masks: a boolean mask is True where a key counts, a floating one is added to the
+scores, and no mask at all means causal attention to some and none to others. A `Mask` says what was meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+MASKED = -1e4  # scores lowered by this much or more are masked: no weight of any float dtype survives it
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Of an attention call with queries [B, H, Tq] and keys [B, Hkv, Tk].
+
+    Args:
+        keep: [B or 1, H or 1, Tq or 1, Tk] bool, True where a key counts; None if all do.
+        bias: the same shape or any that broadcasts to it, added to the scores where a key counts; None for nothing.
+        causal: query i sees keys up to i + causal; None if it sees later ones, too.
+        window: query i sees the `window` keys up to i + causal; None for all of them.
+    """
+
+    keep: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    causal: int | None = None
+    window: int | None = None
+
+    def block(self, row: int, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What holds between some queries [R] and keys [K] of one input row: (keep, bias), each [H or 1, R, K] or None."""
+        keep = _picked(self.keep, row, queries, keys)
+        if self.causal is not None:
+            seen = keys[None, :] <= queries[:, None] + self.causal
+            if self.window is not None:
+                seen = seen & (keys[None, :] > queries[:, None] + self.causal - self.window)
+            keep = seen[None] if keep is None else keep & seen
+        return keep, _picked(self.bias, row, queries, keys)
+
+    def first_keys(self, count: int) -> Mask:
+        """The mask of the first `count` keys alone."""
+        return replace(self, keep=_first(self.keep, count), bias=_first(self.bias, count))
+
+    def sees_beyond(self, count: int) -> bool:
+        """Whether any query may attend to a key after the first `count`."""
+        if self.causal == 0:
+            return False
+        return self.keep is None or bool(self.keep[..., count:].any())
+
+
+def read(mask: torch.Tensor) -> Mask:
+    """A mask tensor of two to four axes: boolean (True where a key counts) or added to the scores."""
+    mask = mask.detach()
+    mask = mask[(None,) * (4 - mask.ndim)]
+    if mask.dtype == torch.bool:
+        return Mask(keep=None if bool(mask.all()) else mask)
+    keep = mask > MASKED
+    bias = torch.where(keep, mask, 0)
+    return Mask(keep=None if bool(keep.all()) else keep, bias=bias if bool(bias.any()) else None)
+
+
+class Readings:
+    """Masks read in one forward: layers share their mask tensors, which are large, so each is read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[int, int], tuple[torch.Tensor, Mask]] = {}
+
+    def read(self, mask: torch.Tensor) -> Mask:
+        """As `read`, from memory where the same tensor was read before."""
+        key = (id(mask), 0 if mask.is_inference() else mask._version)
+        if key not in self._read:
+            self._read[key] = mask, read(mask)  # the tensor is held, so that its id stays its own
+        return self._read[key][1]
+
+
+def seen(mask: Mask, rows: int, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First key, one past the last key, and number of keys that each query sees; [B, Tq] int64 each.
+
+    A mask that differs between heads has no such numbers: ValueError.
+    """
+    if mask.keep is None:
+        return _seen_by_rule(mask, rows, queries, keys, device)
+    keep = mask.keep
+    if keep.shape[1] > 1 and not bool((keep == keep[:, :1]).all()):
+        raise ValueError("the mask differs between heads")
+    seen = keep[:, 0].expand(-1, queries, keys)
+    if mask.causal is not None:
+        at = torch.arange(queries, device=seen.device), torch.arange(keys, device=seen.device)
+        rule = replace(mask, keep=None, bias=None).block(0, *at)[0]
+        seen = seen & rule if rule is not None else seen
+    count = seen.sum(-1)
+    first = seen.byte().argmax(-1)
+    last = keys - seen.flip(-1).byte().argmax(-1)
+    last = torch.where(count > 0, last, first)
+    return first.expand(rows, -1), last.expand(rows, -1), count.expand(rows, -1)
+
+
+def by_distance(bias: torch.Tensor, total: int) -> torch.Tensor | None:
+    """A bias that depends on the distance between query and key alone, as [total, 2, H]; None for any other.
+
+    Entry [n, 0] is the bias of the key n before a query, entry [n, 1] of the key n after it; 0 where that never occurs.
+
+    Args:
+        bias: [B or 1, H or 1, Tq, Tk], the last queries of `total` positions, and all of them as keys.
+        total: positions so far.
+    """
+    queries, keys = bias.shape[2:]
+    if keys != total or (bias.shape[0] > 1 and not bool((bias == bias[:1]).all())):
+        return None
+    one = bias[0]
+    if not bool((one[:, 1:, 1:] == one[:, :-1, :-1]).all()):
+        return None
+    before = one[:, -1].flip(-1)  # seen from the last query
+    after = functional.pad(one[:, 0, keys - queries :], (0, keys - queries))  # and from the first
+    return torch.stack([before, after]).permute(2, 0, 1)
+
+
+def _seen_by_rule(
+    mask: Mask, rows: int, queries: int, keys: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    at = torch.arange(queries, device=device)
+    last = torch.full_like(at, keys) if mask.causal is None else (at + mask.causal + 1).clamp(0, keys)
+    first = torch.zeros_like(at) if mask.window is None else (last - mask.window).clamp(min=0)
+    return first.expand(rows, -1), last.expand(rows, -1), (last - first).expand(rows, -1)
+
+
+def _picked(tensor: torch.Tensor | None, row: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """[H or 1, R, K] of a tensor that broadcasts to [B, H, Tq, Tk]."""
+    if tensor is None:
+        return None
+    one = tensor[row if tensor.shape[0] > 1 else 0]
+    one = one[:, queries] if one.shape[1] > 1 else one.expand(-1, len(queries), -1)
+    return one[:, :, keys] if one.shape[2] > 1 else one.expand(-1, -1, len(keys))
+
+
+def _first(tensor: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., :count]

@@ -1,0 +1,42 @@
+"""A whole batch, as the writer takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensortape.stores import keys
+from tensortape.stores.dtypes import Array
+from tensortape.stores.names import is_ragged, split
+from tensortape.stores.ragged import Lengths
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Ids, columns, rows per example of each packed table, and how many rows of a column hold NaN or infinity."""
+
+    ids: keys.Ids
+    columns: dict[str, Any]
+    lengths: Lengths
+    nonfinite: dict[str, int]
+
+
+def keep(rows: Rows, wanted: Array) -> Rows:
+    """Only some examples of a batch; `wanted` is a mask over its examples."""
+    chosen = np.flatnonzero(wanted)
+    tokens = {table: np.repeat(wanted, lengths) for table, lengths in rows.lengths.items()}
+    columns = {}
+    for name, values in rows.columns.items():
+        table = split(name)[0]
+        packed = is_ragged(table) and not isinstance(values, list)
+        columns[name] = values[tokens[table]] if packed else [values[number] for number in chosen]
+    lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items()}
+    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items()}
+    return Rows([rows.ids[number] for number in chosen], columns, lengths, nonfinite)  # type: ignore[arg-type]
+
+
+def _nonfinite(rows: Any) -> int:
+    found = np.asarray(rows)
+    return int((~np.isfinite(found.reshape(len(found), -1).astype(np.float64))).any(1).sum())
