@@ -25,6 +25,8 @@ def record(
     model: Annotated[str, typer.Option(help="Model name or folder, or 'demo' for the embedded one.")],
     to: Annotated[Path, typer.Option(help="The run to write.")],
     sites: Annotated[list[str], typer.Option(help="What to record; may be given several times.")] = ["resid_post"],  # noqa: B006
+    attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
+    gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,
     text: Annotated[list[Path] | None, typer.Option(help="Text files or folders of them.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A Hugging Face data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
@@ -43,8 +45,9 @@ def record(
     """Record a model over texts."""
     from tensortape.instrument import record as record_run
 
-    from . import models, show, sources
+    from . import differentiated, models, show, sources
 
+    chosen = differentiated.selection(sites, attention, gradients=gradients)
     if (text is None) == (dataset is None):
         raise typer.BadParameter("give texts either as --text or as --dataset")
     found = (
@@ -59,7 +62,8 @@ def record(
         tokenizer=tokenizer,
         ids=[id_ for id_, _ in found],
         to=to,
-        sites=sites,
+        sites=chosen,
+        targets=differentiated.next_token_loss(loaded) if gradients else None,
         batch_size=batch_size,
         batch_tokens=batch_tokens,
         max_length=max_length,
@@ -85,14 +89,19 @@ def head(
     examples: Annotated[int, typer.Option("--examples", "-n", help="How many examples.")] = 2,
     tokens: Annotated[int, typer.Option(help="How many tokens of each.")] = 12,
     sites: Annotated[list[str] | None, typer.Option(help="Which sites; all by default.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Instead, the strongest edges of this layer or attention module.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the first examples: decoded tokens with the norms of their rows."""
+    """Show the first examples: decoded tokens with the norms of their rows, or with the strongest edges of attention."""
     from tensortape.stores import open_run
 
-    from . import models, show
+    from . import edges, models, show
 
     opened = open_run(run)
+    if attention is not None:
+        strongest = edges.strongest(opened, attention, examples=examples, most=tokens, tokenizer=models.recorded_tokenizer(opened))
+        _print(strongest, edges.lines, as_json=as_json)
+        return
     found = show.head(opened, examples=examples, tokens=tokens, sites=sites, tokenizer=models.recorded_tokenizer(opened))
     _print(found, show.head_lines, as_json=as_json)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,10 @@ class Batch:
     _gradients: dict[Key, Capture] = field(default_factory=dict)
     _graphless: set[SiteName] = field(default_factory=set)
     _attention: AttentionCalls = field(default_factory=AttentionCalls)
+
+    def label(self, name: str, values: Any) -> None:
+        """Add a label while the batch runs, as `batch(labels=...)` does before."""
+        self.given = replace(self.given, labels={**self.given.labels, name: values})
 
     def started(self, arguments: Mapping[str, Any]) -> int:
         """A forward of the model begins; gives its input rows."""
@@ -138,6 +142,12 @@ class Batch:
         found.captures.update({size.key: size for size in sizes})
         self._check_grid(found)
         return found
+
+    def forget(self) -> None:
+        """Let go of all captured tensors."""
+        self.steps.clear()
+        self._gradients.clear()
+        self._attention = AttentionCalls()
 
     def check(self, found: Step, taps: list[Tap], expected: set[Key] | None) -> None:
         """SiteNotFoundError unless the batch has every site it should have; `expected` are those of earlier batches."""

@@ -69,6 +69,7 @@ class Pins:
     stacks: Sequence[Stack] = ()
     layouts: dict[SiteName, Layout] = field(default_factory=dict)
     stored: dict[SiteName, str] = field(default_factory=dict)
+    facts: dict[SiteName, dict[str, Any]] = field(default_factory=dict)
 
     def layout(self, tap: Tap, site: SiteName, tensor: torch.Tensor, streams: Mapping[str, Stream], rows: int) -> Layout:
         """The layout of a site's tensors."""

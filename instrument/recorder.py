@@ -82,6 +82,11 @@ class Recorder:
         self._resumes = mode == "resume"
         self.writer = RunWriter(to, mode=mode, durability=durability, memory_budget=memory_budget, about=about(self._model))
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any of the sites is a gradient."""
+        return any(tap.site.is_gradient for tap in self._taps)
+
     def attach(self) -> None:
         """Place the hooks now and keep them until `close`, so that a later torch.compile compiles them in."""
         self._stays = True
@@ -192,8 +197,11 @@ class Recorder:
         rows = self._new_only(batch.rows(found, self._known))
         if self._expected is None:
             self._learn(found, rows)
-        self.writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite)
-        self._expected = self._expected or set(found.captures)
+        expected = self._expected or set(found.captures)
+        found.captures.clear()
+        batch.forget()
+        self.writer.drain(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite)
+        self._expected = expected
 
     def _new_only(self, rows: Rows) -> Rows:
         if not self._resumes:

@@ -19,10 +19,13 @@ from tensortape.stores import Run, keys, layout, open_run
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
+from .batch import Batch
+from .differentiation import differentiate
 from .errors import BatchError
 from .modules import unwrapped
 from .recorder import Recorder
 from .sites import Selection
+from .targets import Targets
 from .texts import Example, Overflow, batches, pad_id, padded, tokenized
 
 BATCH_TOKENS = 4096
@@ -47,6 +50,7 @@ def record(
     memory_budget: int = layout.DEFAULT_BUDGET,
     recompile: bool = False,
     progress: bool | None = None,
+    targets: Targets | None = None,
 ) -> Run:
     """Run a model over texts, or over a loader's batches, and record chosen sites.
 
@@ -69,6 +73,9 @@ def record(
         keep_text: also store each example's text and each token's character span in it.
         mode, durability, memory_budget, recompile: as for `Recorder`.
         progress: show a progress bar; by default on a terminal.
+        targets: for sites with gradients: name to a function of (outputs, batch) that gives one value per example, [examples]. Each
+            is summed and differentiated in a backward of its own, which leaves every `.grad` alone; gradients go to columns
+            `...@<name>`, values to `example/target.<name>`. Examples must not interact in the model.
 
     A key named in `ids` or `labels` is withheld from the model unless its forward takes an argument of that name.
 
@@ -80,13 +87,19 @@ def record(
     recorder = Recorder(
         model, sites=sites, to=to, mode=mode, durability=durability, memory_budget=memory_budget, recompile=recompile
     )
+    if recorder.has_gradients != bool(targets):
+        raise ValueError(
+            "sites with gradients need targets={'loss': function of (outputs, batch)} to differentiate"
+            if recorder.has_gradients
+            else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
+        )
     with recorder, _inference(unwrapped(model)):
         if is_text:
             groups = batches(examples, batch_tokens, batch_size)
             _keep_tokenizer(recorder, tokenizer)
-            _record_texts(recorder, model, groups, pad_id(tokenizer), ids, keep_text=keep_text, progress=progress)
+            _record_texts(recorder, model, groups, pad_id(tokenizer), ids, targets or {}, keep_text=keep_text, progress=progress)
         else:
-            _record_loader(recorder, model, data, ids, labels or {}, progress=progress)
+            _record_loader(recorder, model, data, ids, labels or {}, targets or {}, progress=progress)
     return open_run(Path(to))
 
 
@@ -141,6 +154,7 @@ def _record_texts(
     groups: Iterator[list[Example]],
     pad: int,
     ids: Any,
+    targets: Targets,
     *,
     keep_text: bool,
     progress: bool | None,
@@ -151,7 +165,8 @@ def _record_texts(
             given: Any = "content" if isinstance(ids, str) else [example.id for example in group]
             with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
                 if batch.recorded:
-                    model(**padded(group, pad, device))
+                    inputs = padded(group, pad, device)
+                    _forward(recorder, batch, model, inputs, targets, inputs)
             bar.update(sum(len(example.tokens) for example in group))
 
 
@@ -166,7 +181,14 @@ def _labels(group: list[Example], *, keep_text: bool) -> dict[str, Any]:
 
 
 def _record_loader(
-    recorder: Recorder, model: nn.Module, data: Any, ids: Any, labels: Mapping[str, str], *, progress: bool | None
+    recorder: Recorder,
+    model: nn.Module,
+    data: Any,
+    ids: Any,
+    labels: Mapping[str, str],
+    targets: Targets,
+    *,
+    progress: bool | None,
 ) -> None:
     if not isinstance(ids, str):
         raise BatchError("ids are missing: name the key of the loader's dicts that holds them (ids='id'), or pass ids='content'")
@@ -178,14 +200,24 @@ def _record_loader(
                 raise BatchError(f"a loader must give dicts of the model's arguments; got {type(entries).__name__}")
             named = {name: _entry(entries, key) for name, key in labels.items()}
             withheld = {ids, *labels.values()} - taken
-            inputs = {key: _moved(value, device) for key, value in entries.items() if key not in withheld}
+            moved = {key: _moved(value, device) for key, value in entries.items()}
+            inputs = {key: value for key, value in moved.items() if key not in withheld}
             with recorder.batch(ids=ids if ids == "content" else _entry(entries, ids), labels=named) as batch:
                 if batch.recorded:
-                    model(**inputs)
+                    _forward(recorder, batch, model, inputs, targets, moved)
             recorded += 1
             bar.update()
     if not recorded:
         raise BatchError("there is nothing to record: the loader gave no batch")
+
+
+def _forward(
+    recorder: Recorder, batch: Batch, model: nn.Module, inputs: Mapping[str, Any], targets: Targets, entries: Mapping[str, Any]
+) -> None:
+    if targets:
+        differentiate(recorder, batch, model, inputs, targets, entries)
+    else:
+        model(**inputs)
 
 
 def _length(data: Any) -> int | None:

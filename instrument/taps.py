@@ -256,6 +256,28 @@ class TapSet:
         return _untraced(guarded) if self._traceable else guarded
 
 
+@contextmanager
+def anchored(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Makes the outputs of some modules the leaves that a graph begins with, whether or not their parameters require gradients.
+
+    The model goes on with a copy of each leaf, since it may change what it gets in place.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()
+
+    handles = [module.register_forward_hook(after, prepend=True) for module in modules]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _in_backward() -> bool:
     """Whether autograd is running: a forward then is a checkpoint's recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)

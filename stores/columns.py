@@ -228,7 +228,7 @@ class Table(Mapping[str, Column]):
         """The columns of one value per row, on all rows of the table; `example` numbers the example a row belongs to."""
         import pandas as pd
 
-        small = {name: column for name, column in self._columns.items() if not column.shape[1:] and _shown(name)}
+        small = {name: column for name, column in self._columns.items() if not column.shape[1:] and _shown(name, column)}
         owner = np.repeat(np.arange(len(self._index)), np.maximum(self.lengths, 0))
         frame = pd.DataFrame({name: _filled(column, self) for name, column in small.items()})
         if self.name != "example":
@@ -250,8 +250,10 @@ class Table(Mapping[str, Column]):
         return f"<Table {self.name}: {self.rows} rows, {len(self._columns)} columns>"
 
 
-def _shown(name: str) -> bool:
-    return not name.startswith(("start.", "length."))
+def _shown(name: str, column: Column) -> bool:
+    """Whether a column is the user's rather than the run's own."""
+    own = (column.site or {}).get("reduce") in ("scale", "identity") or (column.site or {}).get("port") == "dropout"
+    return not name.startswith(("start.", "length.")) and not own
 
 
 def _filled(column: Column, table: Table) -> Any:

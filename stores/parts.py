@@ -94,14 +94,15 @@ class PartWriter:
         layout.check(self._budget, 0, _size(given))
         self._check(given)
 
-    def append(self, given: Mapping[str, Cells]) -> None:
-        """Add one row group: cells of every column, consistent with one another and prepared."""
+    def append(self, given: dict[str, Cells]) -> None:
+        """Add one row group: cells of every column, consistent with one another and prepared. `given` is emptied on the way."""
         if not self.name:
             self.name, self._digest = claim(self._place, self._document)
             self._write_groups()
+        added = {self._schemas[name].table: column.rows for name, column in given.items()}
         self.written += self._take_all(given)
-        for table in self.rows:
-            self.rows[table] += next(given[name].rows for name, schema in self._schemas.items() if schema.table == table)
+        for table, rows in added.items():
+            self.rows[table] += rows
 
     def commit(self, kind: str = "commit", aligned: Sequence[tuple[str, int, int]] = (), nonfinite: Mapping[str, int] = {}) -> None:
         """Make everything appended so far visible."""
@@ -151,15 +152,15 @@ class PartWriter:
             schema = self._schemas[name]
             _check_kind(name, (schema.dtype, schema.shape), column)
 
-    def _take_all(self, given: Mapping[str, Cells]) -> int:
+    def _take_all(self, given: dict[str, Cells]) -> int:
         """Columns share nothing, so several threads take the wide ones: one cannot write and checksum at a raw file's speed."""
         wide = [name for name, column in given.items() if column.nbytes >= _WIDE_BYTES]
         narrow = [name for name in given if name not in wide]
-        written = sum(self._take(self._schemas[name], given[name]) for name in narrow)
+        written = sum(self._take(self._schemas[name], given.pop(name)) for name in narrow)
         if not wide:
             return written
         with ThreadPoolExecutor(_THREADS) as pool:
-            return written + sum(pool.map(lambda name: self._take(self._schemas[name], given[name]), wide))
+            return written + sum(pool.map(lambda name: self._take(self._schemas[name], given.pop(name)), wide))
 
     def _take(self, schema: ColumnSchema, column: Cells) -> int:
         written = 0

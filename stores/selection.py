@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from .columns import Column, Table
 from .errors import UnknownColumnError
-from .patterns import Alias, Pattern, SiteName
+from .patterns import FACT_PORTS, Alias, Pattern, SiteName
 
 
 def select(columns: Sequence[Column], patterns: Sequence[str]) -> list[Column]:
@@ -40,6 +40,12 @@ def aliases_of(column: Column) -> list[Alias]:
     return [Alias(*alias) for alias in (column.site or {}).get("aliases", [])]
 
 
+def is_companion(column: Column) -> bool:
+    """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
+    site = column.site or {}
+    return site.get("reduce") in ("scale", "size", "identity") or site.get("port") in FACT_PORTS
+
+
 def is_attention(column: Column) -> bool:
     """Whether a column was recorded of an attention call."""
     return site_name(column).is_attention
@@ -47,6 +53,8 @@ def is_attention(column: Column) -> bool:
 
 def _fits(pattern: Pattern, column: Column) -> bool:
     name = site_name(column)
+    if is_companion(column):
+        return False
     if pattern.port is not None and pattern.port not in (name.port, name.port.partition("@")[0]):
         # An alias already decides on a port of its own (`resid_pre` is a block's input).
         return False

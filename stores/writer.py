@@ -122,6 +122,19 @@ class RunWriter:
         Raises:
             SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
         """
+        self.drain(ids=ids, columns=dict(columns), lengths=lengths, phase=phase, step=step, nonfinite=nonfinite)
+
+    def drain(
+        self,
+        *,
+        ids: Any,
+        columns: dict[str, Any],
+        lengths: Lengths | None = None,
+        phase: str = keys.PHASE,
+        step: int = keys.STEP,
+        nonfinite: Mapping[str, int] | None = None,
+    ) -> None:
+        """As `append`, but empties `columns`, so that the memory of each column may go as soon as it is in the buffers."""
         self._check_usable()
         ids = keys.normalise(ids)
         keys.check_key(phase, step)
@@ -129,7 +142,9 @@ class RunWriter:
             return
         digests = self._check_ids(ids, phase, step)
         given = self._cells(ids, columns, lengths or {}, phase, int(step))
+        size = sum(column.nbytes for column in given.values())
         self._part.prepare(given, self._descriptions)
+        columns.clear()
         with _Breaks(self):
             self._start()
             self._part.append(given)
@@ -137,7 +152,7 @@ class RunWriter:
         self._id_kind = keys.kind_of(ids)
         for name, count in (nonfinite or {}).items():
             self._nonfinite[name] = self._nonfinite.get(name, 0) + int(count)
-        if self._cadence.due(sum(column.nbytes for column in given.values()), self._part.held_bytes):
+        if self._cadence.due(size, self._part.held_bytes):
             self.commit()
 
     def commit(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from tensortape.stores.patterns import SiteName
 
 from ..capture import Capture, Pins
+from ..errors import AttentionError
 from ..layouts import Layout
 from ..sites import Tap
 from ..streams import Stream
@@ -49,6 +51,7 @@ class AttentionCalls:
         cached = len(steps) > 1 or attended.shape[3] - attended.extra_keys > attended.shape[2]
         call, layouts = place(site, attended, pins, steps, rows, cached=cached)
         chosen = [tap for tap in taps if call.cross or not tap.cross]
+        _check_facts(site, columns.facts(call, ""), pins)
         taken = check.sample(call) if chosen else None
         if taken is not None and attended.z is not None:
             check.explain(site, taken, attended.z.dtype)
@@ -56,7 +59,8 @@ class AttentionCalls:
             stored = self._stored(tap, site, call, pins)
             for found in columns.captures(tap, site, call, layouts, stored, segments, first=len(steps) == 1):
                 yield replace(found, about={**found.about, "cross": call.cross, "keys": call.keys.lengths})
-        self._known[site.path, site.call] = _Known(_without_tensors(call), layouts, taken)
+        graded = any(tap.site.is_gradient for tap in chosen)
+        self._known[site.path, site.call] = _Known(_without_tensors(call), layouts, taken if graded else None)
 
     def gradients(self, tap: Tap, site: SiteName, gradient: torch.Tensor) -> list[Capture]:
         """dL/dz (or dL/dweights) of a call, and how well it agrees with what the weights say of it."""
@@ -78,6 +82,15 @@ class AttentionCalls:
         if site not in pins.stored:
             pins.stored[site] = columns.choose(tap, site, call)
         return pins.stored[site]
+
+
+def _check_facts(site: SiteName, found: dict[str, Any], pins: Pins) -> None:
+    """Facts are said once for a column, so they must hold in every batch."""
+    first = pins.facts.setdefault(site, found)
+    changed = [name for name in ("scale", "softcap", "cross", "tier", "window") if found[name] != first[name]]
+    if changed:
+        was = ", ".join(f"{name} {first[name]!r} was, and now is {found[name]!r}" for name in changed)
+        raise AttentionError(f"the attention of {site.path!r} is not what it was in the first batch: {was}")
 
 
 def size_of(taken: Capture) -> Capture:
