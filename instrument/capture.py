@@ -123,7 +123,7 @@ def capture(
     if stream is None and len(tensor) != examples:
         raise LayoutError(f"site {site} has one row per example, but gave {len(tensor)} rows for {examples} examples")
     kept = layout.rows(tensor, stream)
-    if tap.options.dtype is not None:
+    if tap.options.dtype is not None and not site.is_gradient:  # gradients are added up first, and scaled
         kept = kept.to(getattr(torch, tap.options.dtype))
     lengths = None if stream is None else stream.lengths
     if tap.options.reduce is not None and lengths is not None:
