@@ -13,7 +13,7 @@ from tensortape.stores.patterns import Alias, SiteName
 from .anatomy import Stack
 from .errors import LayoutError
 from .layouts import Layout, infer
-from .reduce import reduced
+from .reduce import at_positions, reduced
 from .sites import Tap
 from .streams import MAIN, Stream, table_of
 
@@ -126,9 +126,13 @@ def capture(
     if tap.options.dtype is not None and not site.is_gradient:  # gradients are added up first, and scaled
         kept = kept.to(getattr(torch, tap.options.dtype))
     lengths = None if stream is None else stream.lengths
+    suffix: str | None = tap.options.reduce
     if tap.options.reduce is not None and lengths is not None:
         kept, lengths = reduced(kept, lengths, tap.options.reduce), None
-    return Capture(tap, site, layout, kept, lengths, tap.options.reduce)
+    if tap.options.positions is not None and lengths is not None:
+        suffix = f"positions={','.join(map(str, tap.options.positions))}"
+        kept, lengths = at_positions(kept, lengths, tap.options.positions), None
+    return Capture(tap, site, layout, kept, lengths, suffix)
 
 
 def _attention_of(stack: Stack, site: SiteName, *, cross: bool) -> Iterator[Alias]:

@@ -20,6 +20,17 @@ def reduced(rows: torch.Tensor, lengths: Sequence[int], kind: str) -> torch.Tens
     return found
 
 
+def at_positions(rows: torch.Tensor, lengths: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    """Some tokens of each example, [examples, chosen, *feature]; NaN, or -1 for integers, where an example has no such token."""
+    counts = torch.as_tensor(lengths, device=rows.device, dtype=torch.long)[:, None]
+    wanted = torch.as_tensor(positions, device=rows.device, dtype=torch.long)[None, :]
+    place = torch.where(wanted < 0, wanted + counts, wanted)
+    there = (place >= 0) & (place < counts)
+    found = rows.new_full((len(lengths), len(positions), *rows.shape[1:]), torch.nan if rows.is_floating_point() else -1)
+    found[there] = rows[(counts.cumsum(0) - counts + place)[there]]
+    return found
+
+
 def _mean(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
     sums = wide.new_zeros(len(counts), *rows.shape[1:]).index_add_(0, _owners(counts), wide)

@@ -35,6 +35,8 @@ class Site:
         reduce: store one row per example instead of all: its mean, max, first or last token; the column is named `<site>|<reduce>`.
             Of `weights`: `entropy` in nats per query and head, `received` mass per key and head, `flow` between segments.
         dtype: cast to this dtype before storing (`float16`, `bfloat16`, `float32`); by default what the model computed.
+        positions: store only these tokens of each example (-1 is the last): rows [chosen, *feature], one per example; NaN (-1 for
+            integers) where an example is too short. The column is named `<site>|positions=<numbers>`.
         missing: `error` if the module does not run in some batch, or `absent`: the column then has a table of its own in which such
             examples own no rows.
         store: of `attention`, what to keep: `qk` (queries and keys; the weights themselves only where they cannot be rebuilt from
@@ -53,6 +55,7 @@ class Site:
     queries: Sequence[int] | None = None
     keys: Sequence[int] | None = None
     segments: int | None = None
+    positions: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self.pinned_layout  # noqa: B018 - refuses an unknown layout where it is written
@@ -63,12 +66,19 @@ class Site:
             raise ValueError(f"store is 'qk', 'weights' or 'auto', not {self.store!r}")
         if (self.queries is not None or self.keys is not None) and not self._is_of_weights:
             raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
+        if self.positions is not None and (self.reduce is not None or self._is_of_attention):
+            raise ValueError("positions= picks tokens of a module's input or output, and goes without reduce=")
         if (self.reduce == "flow") != (self.segments is not None):
             raise ValueError("reduce='flow' and segments= (how many the label token/segment tells apart) need each other")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype names a torch dtype such as 'float16', not {self.dtype!r}")
         if self.missing not in ("error", "absent"):
             raise ValueError(f"missing is 'error' or 'absent', not {self.missing!r}")
+
+    @property
+    def _is_of_attention(self) -> bool:
+        pattern = Pattern(self.pattern)
+        return pattern.is_attention or SiteName("", pattern.port or "out").is_attention
 
     @property
     def _is_of_weights(self) -> bool:
@@ -235,7 +245,16 @@ def _tuple(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
 
 def _add(found: dict[tuple[Any, ...], Tap], tap: Tap) -> None:
     options = tap.options
-    key = (tap.path, tap.port, tap.call, options.reduce, tap.cross, _tuple(options.queries), _tuple(options.keys))
+    key = (
+        tap.path,
+        tap.port,
+        tap.call,
+        options.reduce,
+        tap.cross,
+        _tuple(options.queries),
+        _tuple(options.keys),
+        _tuple(options.positions),
+    )
     earlier = found.setdefault(key, tap)
     _agree(earlier, tap)
 

@@ -20,6 +20,7 @@ from .part_reader import PartReader
 from .part_state import PartState, read_parts
 from .patterns import Alias, Pattern
 from .places import LocalPlace
+from .reduced import KINDS, ReducedColumn
 from .scaled import ScaledColumn
 from .schema import Json
 from .shard_cache import ShardCache
@@ -132,10 +133,15 @@ class Run:
         return [column for table in self.tables.values() for column in table.values() if column.site is not None]
 
     def __getitem__(self, name: str) -> Column:
-        """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one."""
+        """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one.
+
+        `<name>|mean` (max, first, last) is one row per example: what was recorded of that name, else a `ReducedColumn`.
+        """
         table, slash, short = name.partition("/")
         if table in self.tables and short in self.tables[table]:
             return self.tables[table][short]
+        if not any(names.split(column.name)[1] == name for column in self.sites) and name.rpartition("|")[2] in KINDS:
+            return self._reduced(*name.rsplit("|", 1))
         if slash:
             raise UnknownColumnError(selection.no_such_column(name, self.tables))
         exact = [column for column in self.sites if names.split(column.name)[1] == name]
@@ -145,6 +151,16 @@ class Run:
                 f"{name!r} fits {len(found)} columns ({', '.join(column.name for column in found)}); use select()"
             )
         return found[0]
+
+    def _reduced(self, name: str, kind: str) -> Column:
+        """A site recorded with this reduction, or the reduction of all of its tokens."""
+        every = self.select(name) if "/" not in name else [self[name]]
+        recorded = [column for column in every if (column.site or {}).get("reduce") == kind]
+        whole = [column for column in every if (column.site or {}).get("reduce") is None]
+        found = recorded or whole
+        if len(found) != 1:
+            raise UnknownColumnError(f"{name!r} fits {len(found)} columns ({', '.join(column.name for column in found)})")
+        return found[0] if recorded else ReducedColumn(found[0], kind)
 
     def select(self, pattern: str | Sequence[str]) -> list[Column]:
         """Columns of recorded sites that a pattern, or any of several, selects, in order; UnknownColumnError if none does."""
