@@ -36,6 +36,7 @@ class Functions(TorchFunctionMode):
         super().__init__()
         self._on_call = on_call
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for every signature it meets
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
