@@ -88,6 +88,13 @@ class Batch:
         if stream is not None and self._goes_on:
             self.steps[-1].streams[DECODER] = unfinished(self.model, self._earlier(DECODER), stream)
 
+    def widths(self) -> list[int]:
+        """Positions of each stream of the present forward; none where the call has shown no tokens."""
+        streams = self.steps[-1].streams if self.steps else {}
+        main = streams.get(MAIN)
+        shown = main is not None and (main.tokens is not None or main.mask is not None)
+        return [stream.width for stream in streams.values()] if shown else []
+
     def captured(self, tap: Tap, site: SiteName, tensor: torch.Tensor) -> None:
         """A tapped tensor."""
         if self._goes_on:
@@ -224,7 +231,7 @@ class Batch:
     def _input_rows(self) -> int:
         streams = self.steps[-1].streams if self.steps else {}
         stream = streams.get(MAIN) or streams.get(DECODER)
-        return stream.rows if stream is not None else self._examples
+        return stream.rows // stream.group if stream is not None else self._examples
 
     @property
     def _examples(self) -> int:

@@ -88,7 +88,10 @@ class Pins:
     def home(self, site: SiteName) -> str | None:
         """The stream of the stack that a site belongs to; None for a site of no stack."""
         stack = next((alias.stack for alias in self.aliases_of(site)), None)
-        return None if stack is None else "decoder" if stack.rpartition(".")[2] == "decoder" else MAIN
+        if stack is None:
+            return None
+        sides = [part for part in stack.split(".") if part in ("encoder", "decoder")]  # `decoder.bert.encoder` is a decoder's
+        return "decoder" if sides[:1] == ["decoder"] else MAIN
 
     def _hints(self, site: SiteName, streams: Mapping[str, Stream]) -> dict[str, str | None]:
         opens = site.path or "root"
@@ -101,6 +104,7 @@ class Pins:
     def promote(self, captures: dict[tuple[SiteName, str | None], Capture], streams: dict[str, Stream]) -> None:
         """Where the call showed no tokens (images, features), make the first stack's stream, or else the first, the main one."""
         opened = [(key, taken.layout.stream) for key, taken in captures.items() if taken.layout.stream]
+        opened = [(key, stream) for key, stream in opened if streams[stream].group == 1]  # windows are no sequence
         if MAIN in streams or not opened:
             return
         main = next((stream for key, stream in opened if self.stack(key[0]) is not None), opened[0][1])

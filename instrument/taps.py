@@ -38,6 +38,9 @@ class Receiver(Protocol):
     def decoder_started(self, arguments: Arguments) -> None:
         """The decoder of an encoder-decoder begins with these arguments."""
 
+    def widths(self) -> Sequence[int]:
+        """Positions of each stream of tokens in the present forward, where the call has shown them."""
+
     def captured(self, tap: Tap, site: SiteName, tensor: torch.Tensor) -> None:
         """A tapped tensor; to be copied before returning."""
 
@@ -230,7 +233,7 @@ class TapSet:
             self._listened.clear()
             rows = self._receiver.started(arguments_of(module, args, kwargs))
             if self._watch is not None:
-                self._watch.begin(rows)
+                self._watch.begin(rows, self._receiver.widths)
 
     def _begin_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._receiver is not None and self._running:

@@ -171,8 +171,8 @@ class _Rebuilt(_Matrix):
         self._facts = recorded.facts
         self._q, self._k = _wide(recorded.need("q")[example]), _wide(recorded.need("k")[example])
         self._seen = recorded.need("keys")[example]
-        self._bias = recorded.columns["bias"][example] if "bias" in recorded.columns else None
-        self._sinks = recorded.columns["sinks"][example] if "sinks" in recorded.columns else None
+        self._bias = _wide(recorded.columns["bias"][example]) if "bias" in recorded.columns else None
+        self._sinks = _wide(recorded.columns["sinks"][example]) if "sinks" in recorded.columns else None
         self.shape = (self._q.shape[1], len(self._q), len(self._k))
 
     def rows(self, heads: Array, queries: Array) -> Array:

@@ -130,7 +130,9 @@ class Run:
     @property
     def sites(self) -> list[Column]:
         """The columns of recorded sites, in the order they were recorded."""
-        return [column for table in self.tables.values() for column in table.values() if column.site is not None]
+        order = dict.fromkeys(name for part in self._parts for name in part.state.columns)
+        columns = (self.tables[table][short] for table, short in map(names.split, order))
+        return [column for column in columns if column.site is not None]
 
     def __getitem__(self, name: str) -> Column:
         """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one.

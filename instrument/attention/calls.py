@@ -48,8 +48,7 @@ class AttentionCalls:
         segments: Callable[[Stream], list[torch.Tensor]],
     ) -> Iterator[Capture]:
         """What the taps store of a call."""
-        cached = len(steps) > 1 or attended.shape[3] - attended.extra_keys > attended.shape[2]
-        call, layouts = place(site, attended, pins, steps, rows, cached=cached)
+        call, layouts = place(site, attended, pins, steps, rows)
         chosen = [tap for tap in taps if call.cross or not tap.cross]
         _check_facts(site, columns.facts(call, ""), pins)
         taken = check.sample(call) if chosen else None

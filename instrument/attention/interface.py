@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,12 +122,12 @@ def _mask(call: dict[str, Any], readings: Readings) -> Mask:
     if "flash" in implementation:
         found = _flash(found, call)
     elif found.keep is None and mask is None and implementation != "eager" and _is_causal(call) and queries > 1:
-        found = Mask(causal=0)
+        found = Mask(causal=True)
         found = found if keys <= queries else found.first_keys(queries)
     position_bias = options.get("position_bias")
     if isinstance(position_bias, torch.Tensor) and bool(position_bias.any()):
         total = position_bias.detach() if found.bias is None else position_bias.detach() + found.bias
-        found = Mask(found.keep, total, found.causal, found.window)
+        found = replace(found, bias=total)
     return found
 
 
@@ -142,10 +143,9 @@ def _given(mask: Any, call: dict[str, Any], readings: Readings) -> Mask:
 
 
 def _flash(found: Mask, call: dict[str, Any]) -> Mask:
-    """Flash attention aligns causality at the end and applies its window itself."""
+    """Flash attention aligns queries with the last keys and applies its window itself, to both sides where it is not causal."""
     window = call["options"].get("sliding_window")
-    causal = call["k"].shape[2] - call["q"].shape[2] if _is_causal(call) else None
-    return Mask(found.keep, found.bias, causal, window if causal is not None else None)
+    return replace(found, causal=_is_causal(call), window=window, align=call["k"].shape[2] - call["q"].shape[2])
 
 
 def _is_causal(call: dict[str, Any]) -> bool:

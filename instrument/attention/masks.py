@@ -21,24 +21,38 @@ class Mask:
     Args:
         keep: [B or 1, H or 1, Tq or 1, Tk] bool, True where a key counts; None if all do.
         bias: the same shape or any that broadcasts to it, added to the scores where a key counts; None for nothing.
-        causal: query i sees keys up to i + causal; None if it sees later ones, too.
-        window: query i sees the `window` keys up to i + causal; None for all of them.
+        causal: query i sees no key after i + align.
+        window: query i sees only keys less than `window` away from i + align; None for all.
+        align: the key that the first query stands at.
     """
 
     keep: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    causal: int | None = None
+    causal: bool = False
     window: int | None = None
+    align: int = 0
 
     def block(self, row: int, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What holds between some queries [R] and keys [K] of one input row: (keep, bias), each [H or 1, R, K] or None."""
         keep = _picked(self.keep, row, queries, keys)
-        if self.causal is not None:
-            seen = keys[None, :] <= queries[:, None] + self.causal
-            if self.window is not None:
-                seen = seen & (keys[None, :] > queries[:, None] + self.causal - self.window)
+        if self.has_rule:
+            first, last = self.interval(queries)
+            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
             keep = seen[None] if keep is None else keep & seen
         return keep, _picked(self.bias, row, queries, keys)
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether anything but `keep` decides which keys count."""
+        return self.causal or self.window is not None
+
+    def interval(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First key and one past the last key that the rule lets each of some queries see, unbounded where it does not limit."""
+        at = queries + self.align
+        none = torch.full_like(at, torch.iinfo(torch.int64).max)
+        reach = at + self.window if self.window is not None else none
+        first = at - self.window + 1 if self.window is not None else torch.zeros_like(at)
+        return first, at + 1 if self.causal else reach
 
     def first_keys(self, count: int) -> Mask:
         """The mask of the first `count` keys alone."""
@@ -46,7 +60,7 @@ class Mask:
 
     def sees_beyond(self, count: int) -> bool:
         """Whether any query may attend to a key after the first `count`."""
-        if self.causal == 0:
+        if self.causal and self.align == 0:
             return False
         return self.keep is None or bool(self.keep[..., count:].any())
 
@@ -87,7 +101,7 @@ def seen(mask: Mask, rows: int, queries: int, keys: int, device: torch.device) -
     if keep.shape[1] > 1 and not bool((keep == keep[:, :1]).all()):
         raise ValueError("the mask differs between heads")
     seen = keep[:, 0].expand(-1, queries, keys)
-    if mask.causal is not None:
+    if mask.has_rule:
         at = torch.arange(queries, device=seen.device), torch.arange(keys, device=seen.device)
         rule = replace(mask, keep=None, bias=None).block(0, *at)[0]
         seen = seen & rule if rule is not None else seen
@@ -121,9 +135,8 @@ def by_distance(bias: torch.Tensor, total: int) -> torch.Tensor | None:
 def _seen_by_rule(
     mask: Mask, rows: int, queries: int, keys: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    at = torch.arange(queries, device=device)
-    last = torch.full_like(at, keys) if mask.causal is None else (at + mask.causal + 1).clamp(0, keys)
-    first = torch.zeros_like(at) if mask.window is None else (last - mask.window).clamp(min=0)
+    first, last = (ends.clamp(0, keys) for ends in mask.interval(torch.arange(queries, device=device)))
+    last = torch.maximum(first, last)
     return first.expand(rows, -1), last.expand(rows, -1), (last - first).expand(rows, -1)
 
 

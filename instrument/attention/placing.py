@@ -10,60 +10,75 @@ from tensortape.stores.patterns import SiteName
 from ..capture import Pins
 from ..errors import AttentionError
 from ..layouts import Layout
-from ..streams import MAIN, Stream, joined
+from ..streams import Stream, joined
 from .facts import Attended
 from .spans import Call, aligned
 
-_CROSS = re.compile(r"(?i)(.*cross.*|enc_?dec.*|encoder_attn|multihead_attn)")
+_CROSS = re.compile(r"(?i).*(cross|enc_?dec).*|encoder_attn|multihead_attn")
 Streams = dict[str, Stream]
 
 
 def place(
-    site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], examples: int, *, cached: bool
+    site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], examples: int
 ) -> tuple[Call, tuple[Layout, Layout]]:
     """The call with its streams, and the layouts of queries and keys.
 
     Args:
         site: the call's site; its port does not matter.
         steps: streams of each forward of the batch so far; the last gains those that the call opens.
-        cached: whether this forward continues, or fills, a cache of keys.
+        examples: input rows.
     """
     queries = _of_queries(site, attended, pins, steps[-1], examples)
-    keys, cross = _of_keys(site, attended, steps[-1], queries, cached=cached)
+    keys = _of_keys(site, attended, pins, steps, queries)
     layouts = Layout("example token", queries), Layout("example token", keys)
     pins.layouts[_end(site, "q")], pins.layouts[_end(site, "k")] = layouts
-    every = steps[-1][keys] if cross else joined([step[keys] for step in steps if keys in step])
-    return aligned(attended, steps[-1][queries], every, cross=cross), layouts
+    every = steps[-1][keys] if keys != queries else joined([step[keys] for step in steps if keys in step])
+    return aligned(attended, steps[-1][queries], every, cross=keys != queries), layouts
 
 
 def _of_queries(site: SiteName, attended: Attended, pins: Pins, streams: Streams, examples: int) -> str:
     rows, _, width, _ = attended.shape
     pinned = pins.layouts.get(_end(site, "q"))
-    if pinned is not None and (pinned.stream in streams or pinned.stream != MAIN):
+    if pinned is not None:
         return _open(pinned.stream, rows, width, streams, examples, site)
     fitting = _fitting(streams, rows, width)
     home = pins.home(site)
     if home in fitting:
-        return home
+        return str(home)
     if len(fitting) > 1:
         raise AttentionError(f"attention of {site.path!r}: its queries fit several streams of tokens ({', '.join(fitting)})")
     return fitting[0] if fitting else _open(site.path or "root", rows, width, streams, examples, site)
 
 
-def _of_keys(site: SiteName, attended: Attended, streams: Streams, queries: str, *, cached: bool) -> tuple[str, bool]:
-    """The stream of the keys, and whether it is another than that of the queries."""
+def _of_keys(site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], queries: str) -> str:
+    """The stream of the keys: that of the queries unless this is cross-attention."""
     rows, _, width, count = attended.shape
     count -= attended.extra_keys
-    others = [name for name in _fitting(streams, rows, count) if name != queries]
-    by_name = _CROSS.fullmatch(site.path.rpartition(".")[2]) is not None
-    same = attended.cross is False or (attended.cross is None and (count == width or (cached and not others)))
-    if same and not (by_name and others):
-        return queries, False
-    if attended.cross is None and cached and not by_name:
-        return queries, False
-    name = others[0] if others else f"{site.path}.keys"
-    streams.setdefault(name, Stream(rows, count))
-    return name, True
+    streams = steps[-1]
+    pinned = pins.layouts.get(_end(site, "k"))
+    name = pinned.stream if pinned is not None else _found(site, attended, streams, queries, count, width, steps)
+    if name != queries:
+        stream = streams.setdefault(name, Stream(rows, count))
+        if (stream.rows, stream.width) != (rows, count):
+            raise AttentionError(
+                f"the keys of {site.path!r} are {rows} rows of {count}, but their stream {name!r} has {stream.rows} rows of "
+                f"{stream.width}"
+            )
+    return name
+
+
+def _found(
+    site: SiteName, attended: Attended, streams: Streams, queries: str, count: int, width: int, steps: Sequence[Streams]
+) -> str:
+    others = [name for name in _fitting(streams, attended.shape[0], count) if name != queries]
+    named = any(_CROSS.fullmatch(part) for part in site.path.split("."))
+    cross = attended.cross if attended.cross is not None else named and bool(others)
+    if not cross and (attended.cross is False or count == width or len(steps) > 1):
+        return queries
+    if others:
+        return others[0]
+    # Fewer keys than queries, in the first forward, are something else; more are a cache that has room, by any other name.
+    return queries if attended.cross is None and count > width and not named else f"{site.path}.keys"
 
 
 def _open(name: str, rows: int, width: int, streams: Streams, examples: int, site: SiteName) -> str:
@@ -74,6 +89,11 @@ def _open(name: str, rows: int, width: int, streams: Streams, examples: int, sit
                 "cannot be told"
             )
         streams[name] = Stream(rows, width, group=max(1, rows // max(examples, 1)))
+    if (streams[name].rows, streams[name].width) != (rows, width):
+        raise AttentionError(
+            f"the queries of {site.path!r} are {rows} rows of {width}, but their stream {name!r} has {streams[name].rows} rows of "
+            f"{streams[name].width}"
+        )
     return name
 
 

@@ -24,7 +24,7 @@ def attended(args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
         k=k,
         v=v,
         z=output,
-        mask=Mask(causal=0) if given["is_causal"] else Mask() if mask is None else readings.read(mask).first_keys(k.shape[2]),
+        mask=Mask(causal=True) if given["is_causal"] else Mask() if mask is None else readings.read(mask).first_keys(k.shape[2]),
         scale=float(given["scale"]) if given["scale"] is not None else q.shape[-1] ** -0.5,
         dropout=float(given["dropout_p"]),
         source=output,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from .facts import Attended
 
 
-def attended(args: tuple[Any, ...], output: torch.Tensor, rows: int) -> Attended | None:
-    """The weights of a call; None unless they are [B, H, Tq, Tk], or [B * H, Tq, Tk] with B input rows."""
+def attended(output: torch.Tensor, rows: int, widths: Sequence[int]) -> Attended | None:
+    """The weights of a call; None unless they are [B, H, Tq, Tk], or [B * H, Tq, Tk] with B input rows.
+
+    Args:
+        widths: what Tq may be, where the batch's streams are known: attention modules use softmax for other things, too.
+    """
     if not output.is_floating_point() or output.ndim not in (3, 4):
         return None
     if output.ndim == 3:
@@ -19,6 +23,8 @@ def attended(args: tuple[Any, ...], output: torch.Tensor, rows: int) -> Attended
         shape = (rows, len(output) // rows, *output.shape[1:])
     else:
         shape = tuple(output.shape)
+    if widths and shape[2] not in widths:
+        return None
     weights = output.reshape(shape)
     return Attended(
         tier="softmax",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -47,6 +47,7 @@ class Watch:
         self._tiers: dict[str, str] = {}
         self._readings = Readings()
         self._rows = 0
+        self._widths: Callable[[], Sequence[int]] = list
         self._mode: functions.Functions | None = None
         self._observation: interface.Observation | None = None
 
@@ -69,12 +70,12 @@ class Watch:
             elif self._sees_functions and _has_own_code(module):
                 yield module, self._enter(path, module), self._leave(path, module)
 
-    def begin(self, rows: int) -> None:
-        """A forward of the root module begins, with so many input rows."""
+    def begin(self, rows: int, widths: Callable[[], Sequence[int]]) -> None:
+        """A forward of the root module begins, with so many input rows; `widths` are those of its streams, where known."""
         self._frames.clear()
         self._tiers.clear()
         self._readings = Readings()
-        self._rows = rows
+        self._rows, self._widths = rows, widths
         if self._sees_functions and self._mode is None:
             self._mode = functions.Functions(self._guard(self._function))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
@@ -106,7 +107,7 @@ class Watch:
             return
         owner = next((path for path in reversed(self._frames) if is_attention(path, self._modules[path])), None)
         if owner is not None:
-            self._report(owner, softmax.attended(args, output, self._rows))
+            self._report(owner, softmax.attended(output, self._rows, self._widths()))
 
     def _report(self, path: str, attended: Attended | None) -> None:
         if attended is not None and self._tiers.setdefault(path, attended.tier) == attended.tier:
