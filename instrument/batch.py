@@ -17,7 +17,7 @@ from tensortape.stores.patterns import SiteName
 
 from .attention.calls import AttentionCalls, size_of
 from .attention.facts import Attended
-from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions
+from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions, with_padding_mask
 from .capture import Capture, Pins, capture, nonfinite_rows
 from .errors import BatchError, ForwardError, SiteNotFoundError
 from .gradients import added, split_scale
@@ -64,6 +64,7 @@ class Batch:
     _gradients: dict[Key, Capture] = field(default_factory=dict)
     _graphless: set[SiteName] = field(default_factory=set)
     _attention: AttentionCalls = field(default_factory=AttentionCalls)
+    _closed: bool = False
 
     def label(self, name: str, values: Any) -> None:
         """Add a label while the batch runs, as `batch(labels=...)` does before."""
@@ -111,7 +112,7 @@ class Batch:
 
     def graded(self, tap: Tap, site: SiteName, gradient: torch.Tensor) -> None:
         """The gradient at a tapped tensor or an attention call, of the present target."""
-        if self.error is not None or site.target not in (None, self.target.name):
+        if self.error is not None or self._closed or site.target not in (None, self.target.name):
             return
         aimed = site.aimed(self.target.name)
         if site.is_attention:
@@ -151,7 +152,8 @@ class Batch:
         return found
 
     def forget(self) -> None:
-        """Let go of all captured tensors."""
+        """Let go of all captured tensors; what a later backward through the same graph shows is no longer of this batch."""
+        self._closed = True
         self.steps.clear()
         self._gradients.clear()
         self._attention = AttentionCalls()
@@ -189,6 +191,8 @@ class Batch:
 
     def _open_main(self, arguments: Mapping[str, Any]) -> None:
         given, first = self.given, self.forwards == 1
+        if given.generates:
+            arguments = with_padding_mask(arguments, sum(stream.width for stream in self._earlier(MAIN)))
         stream = main_stream(
             arguments,
             tokens=given.tokens if first else None,
@@ -290,6 +294,9 @@ class Batch:
         )
 
     def _check_same(self, found: Step, taps: list[Tap], expected: set[Key]) -> None:
+        for tap in taps:
+            if tap.site.is_gradient and tap.options.missing == "error" and not any(tap.takes(site) for site, _ in found.captures):
+                raise SiteNotFoundError(self._never_reached(tap))
         optional = [tap for tap in taps if tap.options.missing == "absent"]
         absent = expected - found.captures.keys()
         missing = sorted(str(site) for site, _ in absent if not any(tap.takes(site) for tap in optional))

@@ -81,6 +81,18 @@ def continued(arguments: Mapping[str, Any]) -> bool:
     return bool(int(length())) if length is not None else bool(cache)
 
 
+def with_padding_mask(arguments: Mapping[str, Any], past: int) -> Mapping[str, Any]:
+    """Arguments whose mask tells which positions are pads, where `generate` has prepared one [B, 1, T, keys] for a static cache.
+
+    Its last query sees every real token so far, unless a window hides them.
+    """
+    mask, tokens = arguments.get("attention_mask"), _tokens(arguments)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or tokens is None:
+        return arguments
+    last = mask[:, 0, -1, past : past + tokens.shape[1]]
+    return {**arguments, "attention_mask": last if last.dtype == torch.bool else last == 0}
+
+
 def unfinished(model: nn.Module, earlier: Sequence[Stream], stream: Stream) -> Stream:
     """A decoding step without the rows that had ended before it: what `generate` feeds them is no token of theirs."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

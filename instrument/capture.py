@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from tensortape.stores.patterns import Alias, SiteName
 
 from .anatomy import Stack
-from .errors import LayoutError
+from .errors import BatchError, LayoutError
 from .layouts import Layout, infer
 from .reduce import at_positions, reduced
 from .sites import Tap
@@ -92,6 +92,17 @@ class Pins:
             return None
         sides = [part for part in stack.split(".") if part in ("encoder", "decoder")]  # `decoder.bert.encoder` is a decoder's
         return "decoder" if sides[:1] == ["decoder"] else MAIN
+
+    def check_targets(self, captures: Iterable[Capture]) -> None:
+        """BatchError where a gradient's target is declared in another way than in the first batch: a column says it once."""
+        for taken in captures:
+            target = taken.about.get("target")
+            if target is not None and self.facts.setdefault(taken.site, target) != target:
+                was = self.facts[taken.site]["reduction"]
+                raise BatchError(
+                    f"the gradient at {taken.site} was recorded with reduction={was!r} first, and now with "
+                    f"{target['reduction']!r}; declare the reduction in the same way for every batch"
+                )
 
     def _hints(self, site: SiteName, streams: Mapping[str, Stream]) -> dict[str, str | None]:
         opens = site.path or "root"

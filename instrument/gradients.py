@@ -13,20 +13,23 @@ from .targets import Target
 
 def added(before: Capture | None, taken: Capture, target: Target, examples: int) -> Capture:
     """A gradient, on top of what an earlier backward of the same target gave."""
+    if before is not None and before.tap is not taken.tap:
+        return before  # another tap, of this target or of any, takes the same
     if taken.suffix == "identity":
         return taken
-    rows = target.per_example(taken.rows, taken.lengths, examples)
+    half = taken.rows.dtype == torch.float16
+    rows = target.per_example(taken.rows.float() if half else taken.rows, taken.lengths, examples)
     total = rows if before is None else before.rows + rows
-    return replace(taken, rows=total, about={**taken.about, "target": target.to_json()})
+    return replace(taken, rows=total, about={**taken.about, "target": target.to_json(), "half": half})
 
 
 def split_scale(taken: Capture) -> list[Capture]:
-    """A gradient as it is stored: cast if asked, and for float16 with a scale per example, a power of two.
+    """A gradient as it is stored: cast if asked, and as float16 (also where the model computed it so) with a scale per example.
 
-    Gradients of a batch are often smaller than float16's smallest number. Each example's rows are divided by a power of two that
+    Gradients are often smaller than float16's smallest number. Each example's rows are divided by a power of two that
     brings the largest value near 1; float16 then keeps them to 11 bits, and readers multiply the scale back.
     """
-    asked = taken.tap.options.dtype
+    asked = taken.tap.options.dtype or ("float16" if taken.about.get("half") else None)
     if asked is None or taken.suffix == "identity":
         return [taken]
     dtype = getattr(torch, asked)
@@ -36,7 +39,8 @@ def split_scale(taken: Capture) -> list[Capture]:
     scale = torch.stack([_scale(piece) for piece in torch.split(taken.rows, list(lengths))])
     rows = taken.rows.float() / _spread(scale, lengths, taken.rows)
     about = {**taken.about, "scaled": True}
-    return [replace(taken, rows=rows.to(dtype), about=about), replace(taken, rows=scale, lengths=None, suffix="scale", keys=None)]
+    suffix = "scale" if taken.suffix is None else f"{taken.suffix}|scale"
+    return [replace(taken, rows=rows.to(dtype), about=about), replace(taken, rows=scale, lengths=None, suffix=suffix, keys=None)]
 
 
 def _scale(rows: torch.Tensor) -> torch.Tensor:

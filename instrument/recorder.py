@@ -194,6 +194,7 @@ class Recorder:
     def _write(self, batch: Batch) -> None:
         found = batch.whole()
         batch.check(found, self._taps, self._expected)
+        self._pins.check_targets(found.captures.values())
         rows = self._new_only(batch.rows(found, self._known))
         if self._expected is None:
             self._learn(found, rows)

@@ -68,6 +68,10 @@ class Site:
             raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
         if self.positions is not None and (self.reduce is not None or self._is_of_attention):
             raise ValueError("positions= picks tokens of a module's input or output, and goes without reduce=")
+        if self.missing == "absent" and self.dtype == "float16" and SiteName("", Pattern(self.pattern).port or "out").is_gradient:
+            raise ValueError(
+                "gradients in float16 have a scale per example, which missing='absent' leaves no place for; use bfloat16"
+            )
         if (self.reduce == "flow") != (self.segments is not None):
             raise ValueError("reduce='flow' and segments= (how many the label token/segment tells apart) need each other")
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -172,11 +176,8 @@ def _taps(
         return
     options = Site(item) if isinstance(item, str) else item
     pattern = Pattern(options.pattern)
-    found = [
-        *_by_alias(pattern, aliased, options),
-        *_of_attention(pattern, model, options),
-        *_by_path(pattern, names, options),
-    ]
+    by_path = list(_by_path(pattern, names, options))
+    found = [*_by_alias(pattern, aliased, options), *(by_path or _of_attention(pattern, model, options))]
     if not found:
         raise SiteNotFoundError(_nothing(options.pattern, names, aliased))
     yield from found

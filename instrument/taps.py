@@ -24,7 +24,9 @@ from .arguments import Arguments, arguments_of, leaf_of
 from .attention.facts import Attended, Turn
 from .attention.watch import Watch
 from .leaves import pick
+from .listening import listen
 from .modules import named
+from .recomputed import Recomputed
 from .sites import Tap
 from .slow_path import SlowPath, needs_slow_path
 
@@ -72,9 +74,9 @@ class TapSet:
         self._receiver: Receiver | None = None
         self._running = False
         self._calls: defaultdict[str, int] = defaultdict(int)
-        self._again: defaultdict[str, int] = defaultdict(int)  # calls computed once more during backward, last first
+        self._recomputed = Recomputed()
         self._open: defaultdict[str, list[int]] = defaultdict(list)  # calls that have begun and not ended: a module may call itself
-        self._listened: set[SiteName] = set()
+        self._listened: set[tuple[Tap, SiteName]] = set()
         self._handles: list[RemovableHandle] = []
         self._needs_slow_path = False
         self._by_module: defaultdict[str, list[Tap]] = defaultdict(list)
@@ -82,7 +84,8 @@ class TapSet:
             if not tap.site.is_attention:
                 self._by_module[tap.path].append(tap)
         self._attention = [tap for tap in taps if tap.site.is_attention]
-        self._watch = Watch(model, self._attended, self._guard, traceable=traceable) if self._attention else None
+        recomputes = lambda: self._recomputes  # noqa: E731
+        self._watch = Watch(model, self._attended, self._guard, recomputes, traceable=traceable) if self._attention else None
         self._has_gradients = any(tap.site.is_gradient for tap in taps)
 
     @property
@@ -147,13 +150,13 @@ class TapSet:
         if before is not None:
             self._before(module, before)
         if after is not None:
-            self._after(module, after)
+            self._after(module, after, always=before is not None)
 
     def _before(self, module: nn.Module, hook: Callable[..., None]) -> None:
         self._handles.append(module.register_forward_pre_hook(self._guard(hook), with_kwargs=True))
 
-    def _after(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        self._handles.append(module.register_forward_hook(self._guard(hook), with_kwargs=True))
+    def _after(self, module: nn.Module, hook: Callable[..., None], *, always: bool = False) -> None:
+        self._handles.append(module.register_forward_hook(self._guard(hook), with_kwargs=True, always_call=always))
 
     def _tap(self, path: str, module: nn.Module) -> None:
         taps = self._by_module[path]
@@ -182,17 +185,15 @@ class TapSet:
         return not self._running and self._has_gradients and self._receiver is not None and _in_backward()
 
     def _number(self, path: str) -> int:
-        """Which call of a module this is; a checkpoint runs its calls once more from the last to the first."""
+        """Which call of a module this is; 0 for one that a checkpoint computes once more, until its segment is whole."""
         if self._running:
             self._calls[path] += 1
-            return self._calls[path]
-        self._again[path] += 1
-        return max(1, self._calls[path] - self._again[path] + 1)
+        return self._calls[path] if self._running else 0
 
     def _take(self, taps: list[Tap], base: str, call: int, value: Callable[[], Any]) -> None:
         for tap in taps:
             site = tap.name(call)
-            if self._receiver is None or site.base != base or tap.call not in (None, call):
+            if self._receiver is None or site.base != base or (call and tap.call not in (None, call)):
                 continue
             if site.is_gradient:
                 tensor = pick(value(), leaf_of(site, value), str(site))
@@ -204,7 +205,7 @@ class TapSet:
         if not self._acts or self._receiver is None:
             return
         call = self._number(f"{path}:attention")
-        taps = [tap for tap in self._attention if tap.covers(path, call)]
+        taps = [tap for tap in self._attention if tap.covers(path, call or tap.call or 1)]
         site = SiteName(path, "attention", call)
         if taps and self._running:
             self._receiver.attended(taps, site, attended)
@@ -217,20 +218,33 @@ class TapSet:
     def _listen(self, tap: Tap, site: SiteName, tensor: torch.Tensor | None, turn: Turn = torch.detach) -> None:
         """Hear of the gradient at a site. A checkpoint that keeps its first graph has been listened to in the first pass."""
         receiver = self._receiver
-        if receiver is None or site in self._listened:
+        if receiver is None:
             return
         if tensor is None or not tensor.requires_grad:
-            receiver.without_gradient(site)
+            if site.call:
+                receiver.without_gradient(site)
+                self._recomputed.expect(tap, site)
             return
-        self._listened.add(site)
-        tensor.register_hook(self._guard(lambda gradient: receiver.graded(tap, site, turn(gradient))))  # type: ignore[no-untyped-call]
+        if site.call:
+            self._listened.add((tap, site))
+            named: Callable[[], SiteName | None] = lambda: site  # noqa: E731
+        else:
+            named = self._recomputed.place(tap, site)
+
+        def graded(gradient: torch.Tensor) -> None:
+            found = named()
+            if found is not None and tap.call in (None, found.call):
+                receiver.graded(tap, found, turn(gradient))
+
+        listen(tensor, self._guard(graded))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._receiver is not None and module is self._model and not _in_backward():
             self._running = True
-            for counts in (self._calls, self._again, self._open):
-                counts.clear()
+            self._calls.clear()
+            self._open.clear()
             self._listened.clear()
+            self._recomputed = Recomputed()
             rows = self._receiver.started(arguments_of(module, args, kwargs))
             if self._watch is not None:
                 self._watch.begin(rows, self._receiver.widths)

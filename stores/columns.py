@@ -252,7 +252,8 @@ class Table(Mapping[str, Column]):
 
 def _shown(name: str, column: Column) -> bool:
     """Whether a column is the user's rather than the run's own."""
-    own = (column.site or {}).get("reduce") in ("scale", "identity") or (column.site or {}).get("port") == "dropout"
+    site = column.site or {}
+    own = str(site.get("reduce")).rpartition("|")[2] in ("scale", "identity") or site.get("port") == "dropout"
     return not name.startswith(("start.", "length.")) and not own
 
 

@@ -138,8 +138,11 @@ class Pattern:
 
     @property
     def is_attention(self) -> bool:
-        """Whether the pattern names the attention, or cross-attention, that every architecture shares."""
-        return self._alias is not None and self._alias["alias"] in ("attention", "cross_attention")
+        """Whether the pattern names the attention, or cross-attention, that every architecture shares (or a module so named)."""
+        found = self._alias
+        if found is None or found["alias"] not in ("attention", "cross_attention"):
+            return False
+        return found["port"] is None or SiteName("", found["port"]).is_attention
 
     @property
     def is_cross_attention(self) -> bool:
@@ -164,8 +167,8 @@ class Pattern:
             expression = _compiled(self.text)
             return any(expression.fullmatch(text) for text in ((str(site),) if site.port != "out" else (str(site), site.path)))
         found = _SITE.fullmatch(self.text)
-        if self.is_attention:
-            return False  # a module of that name is named by its whole path
+        if self.is_everywhere and self.is_attention:
+            return False  # a module of that name is named by its whole path, or with its port
         if found is None or (found["call"] is not None and int(found["call"]) != site.call):
             return False
         return _glob(_segments(found["path"]), _segments(site.path))

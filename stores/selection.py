@@ -43,7 +43,7 @@ def aliases_of(column: Column) -> list[Alias]:
 def is_companion(column: Column) -> bool:
     """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
     site = column.site or {}
-    return site.get("reduce") in ("scale", "size", "identity") or site.get("port") in FACT_PORTS
+    return str(site.get("reduce")).rpartition("|")[2] in ("scale", "size", "identity") or site.get("port") in FACT_PORTS
 
 
 def is_attention(column: Column) -> bool:

@@ -68,10 +68,11 @@ class AttentionCalls:
             return []
         taken = columns.gradient(tap, site, known.call, known.layouts, gradient)
         taken = replace(taken, about={"cross": known.call.cross})
-        if known.sample is None or site.base != "z":
+        if site.base != "z":
             return [taken]
         error = torch.full((len(known.call.queries.lengths),), torch.nan)
-        error[known.sample.example] = known.sample.identity_error(gradient)
+        if known.sample is not None:
+            error[known.sample.example] = known.sample.identity_error(gradient)
         return [taken, Capture(tap, site, known.layouts[0], error, None, "identity", about={"cross": known.call.cross})]
 
     def _stored(self, tap: Tap, site: SiteName, call: Call, pins: Pins) -> str:

@@ -27,6 +27,7 @@ class Watch:
         model: the unwrapped model.
         on_attended: told of each call, with the tensors the function saw.
         guard: makes a function report its errors instead of raising them.
+        recomputes: whether a checkpoint is computing part of the forward once more, where function modes are off.
         traceable: the model will be compiled, so that only what torch.compile can trace may be in place.
     """
 
@@ -35,6 +36,7 @@ class Watch:
         model: nn.Module,
         on_attended: OnAttended,
         guard: Callable[[Callable[..., None]], Callable[..., None]],
+        recomputes: Callable[[], bool],
         *,
         traceable: bool,
     ) -> None:
@@ -42,6 +44,7 @@ class Watch:
         self._paths = {id(module): path for path, module in self._modules.items()}
         self._on_attended = on_attended
         self._guard = guard
+        self._recomputes = recomputes
         self._sees_functions = not traceable or any(_calls_functions(module) for module in self._modules.values())
         self._frames: list[str] = []
         self._tiers: dict[str, str] = {}
@@ -76,6 +79,9 @@ class Watch:
         self._tiers.clear()
         self._readings = Readings()
         self._rows, self._widths = rows, widths
+        self._enter_mode()
+
+    def _enter_mode(self) -> None:
         if self._sees_functions and self._mode is None:
             self._mode = functions.Functions(self._guard(self._function))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
@@ -116,6 +122,8 @@ class Watch:
     def _enter(self, path: str, own: nn.Module) -> Callable[..., None]:
         def before(module: nn.Module, *_: Any) -> None:
             if module is own:
+                if not self._frames and self._recomputes():
+                    self._enter_mode()
                 self._frames.append(path)
 
         return before
@@ -124,6 +132,8 @@ class Watch:
         def after(module: nn.Module, *_: Any) -> None:
             if module is own and self._frames and self._frames[-1] == path:
                 self._frames.pop()
+                if not self._frames and self._recomputes():
+                    self.end()
 
         return after
 
