@@ -17,6 +17,7 @@ from tensortape.stores.patterns import SiteName
 
 from .attention.calls import AttentionCalls, size_of
 from .attention.facts import Attended
+from .cache_rows import CacheRows
 from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions, with_padding_mask
 from .capture import Capture, Pins, capture, nonfinite_rows
 from .errors import BatchError, ForwardError, SiteNotFoundError
@@ -41,6 +42,7 @@ class Given:
     mask: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     generates: bool = False
+    ends: int | Sequence[int] | None = None
 
     @property
     def examples(self) -> int | None:
@@ -64,7 +66,12 @@ class Batch:
     _gradients: dict[Key, Capture] = field(default_factory=dict)
     _graphless: set[SiteName] = field(default_factory=set)
     _attention: AttentionCalls = field(default_factory=AttentionCalls)
+    _cache: CacheRows = field(default_factory=CacheRows)
     _closed: bool = False
+
+    def ended(self) -> None:
+        """The forward has ended."""
+        self._cache.end()
 
     def label(self, name: str, values: Any) -> None:
         """Add a label while the batch runs, as `batch(labels=...)` does before."""
@@ -76,6 +83,7 @@ class Batch:
         if self.forwards > 1 and not (self.given.generates or continued(arguments)):
             return 0
         self.steps.append(Step())
+        self._cache.begin(arguments.get("past_key_values"))
         self._labels = arguments.get("labels")
         if self.forwards == 1 or arguments.get("encoder_outputs") is None:
             self._open_main(arguments)
@@ -87,7 +95,7 @@ class Batch:
         """The decoder of an encoder-decoder begins."""
         stream = decoder_stream(arguments, self._labels)
         if stream is not None and self._goes_on:
-            self.steps[-1].streams[DECODER] = unfinished(self.model, self._earlier(DECODER), stream)
+            self.steps[-1].streams[DECODER] = unfinished(self.model, self._earlier(DECODER), stream, self.given.ends)
 
     def widths(self) -> list[int]:
         """Positions of each stream of the present forward; none where the call has shown no tokens."""
@@ -107,13 +115,18 @@ class Batch:
         """An attention call."""
         if self._goes_on:
             streams = [step.streams for step in self.steps]
-            found = self._attention.captures(taps, site, attended, self.pins, streams, self._input_rows, self._segments)
+            cached = self._cache.is_there
+            found = self._attention.captures(
+                taps, site, attended, self.pins, streams, self._input_rows, cached=cached, segments=self._segments
+            )
             self.steps[-1].captures.update({taken.key: taken for taken in found})
 
     def graded(self, tap: Tap, site: SiteName, gradient: torch.Tensor) -> None:
         """The gradient at a tapped tensor or an attention call, of the present target."""
         if self.error is not None or self._closed or site.target not in (None, self.target.name):
             return
+        if len(self.steps) > 1:
+            raise ForwardError("gradients cannot be recorded over several forwards of one batch; give the whole sequence in one")
         aimed = site.aimed(self.target.name)
         if site.is_attention:
             found = self._attention.gradients(tap, aimed, gradient)
@@ -199,7 +212,7 @@ class Batch:
             mask=given.mask if first else None,
             segments=given.segments if first else None,
             examples=self._expected_examples(arguments),
-            continues=not first,
+            continues=not first or continued(arguments),
         )
         if given.examples is None and (stream is None or stream.tokens is None):
             raise BatchError(
@@ -207,7 +220,7 @@ class Batch:
             )
         if stream is None:
             return
-        self.steps[-1].streams[MAIN] = unfinished(self.model, self._earlier(MAIN), stream)
+        self.steps[-1].streams[MAIN] = unfinished(self.model, self._earlier(MAIN), stream, given.ends)
         if first:
             warn_of_positions(self.model, stream)
             self._check_examples(stream)

@@ -68,6 +68,8 @@ def decoder_stream(arguments: Mapping[str, Any], labels: Any) -> Stream | None:
     if not isinstance(sample, torch.Tensor):
         return None
     rows, width = sample.shape[:2]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        mask = mask[:, -width:]  # of all positions so far, where a cache is continued
     if mask is None and isinstance(labels, torch.Tensor) and tuple(labels.shape) == (rows, width):
         mask = labels != IGNORED_LABEL
     copied = None if tokens is None else tokens.detach().clone()
@@ -84,23 +86,31 @@ def continued(arguments: Mapping[str, Any]) -> bool:
 def with_padding_mask(arguments: Mapping[str, Any], past: int) -> Mapping[str, Any]:
     """Arguments whose mask tells which positions are pads, where `generate` has prepared one [B, 1, T, keys] for a static cache.
 
-    Its last query sees every real token so far, unless a window hides them.
+    A real token sees itself and a pad sees nothing; what is generated later are tokens.
     """
     mask, tokens = arguments.get("attention_mask"), _tokens(arguments)
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)  # one for each kind of layer
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or tokens is None:
         return arguments
-    last = mask[:, 0, -1, past : past + tokens.shape[1]]
-    return {**arguments, "attention_mask": last if last.dtype == torch.bool else last == 0}
+    if past:
+        return {**arguments, "attention_mask": torch.ones_like(tokens)}
+    itself = mask[:, 0].diagonal(dim1=1, dim2=2)
+    return {**arguments, "attention_mask": itself if itself.dtype == torch.bool else itself == 0}
 
 
-def unfinished(model: nn.Module, earlier: Sequence[Stream], stream: Stream) -> Stream:
-    """A decoding step without the rows that had ended before it: what `generate` feeds them is no token of theirs."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def unfinished(model: nn.Module, earlier: Sequence[Stream], stream: Stream, ends: int | Sequence[int] | None = None) -> Stream:
+    """A decoding step without the rows that had ended before it: what `generate` feeds them is no token of theirs.
+
+    Args:
+        ends: tokens that end an example, if not those that the model's generation_config says.
+    """
+    known: Any = ends if ends is not None else getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     generated = [step.tokens for step in earlier[1:] if step.tokens is not None]
-    if eos is None or not generated or stream.width != 1:
+    if known is None or not generated or stream.width != 1:
         return stream
-    ends = torch.as_tensor(eos, device=generated[0].device).reshape(-1)
-    ended = torch.isin(torch.cat(generated, 1), ends).any(1, keepdim=True)
+    last = torch.as_tensor(known, device=generated[0].device).reshape(-1)
+    ended = torch.isin(torch.cat(generated, 1), last).any(1, keepdim=True)
     mask = ~ended if stream.mask is None else stream.mask & ~ended.to(stream.mask.device)
     return replace(stream, mask=None if bool(mask.all()) else mask)
 
@@ -121,7 +131,8 @@ def warn_of_positions(model: nn.Module, stream: Stream | None) -> None:
 
 def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor | None:
     """`input_ids`, or the first argument if it is an integer tensor [B, T] (and not by its name something else)."""
-    first = next((value for name, value in arguments.items() if not name.endswith(_NOT_TOKENS)), None)
+    named = {name: value for name, value in arguments.items() if not name.endswith(_NOT_TOKENS)}
+    first = next((value for name, value in named.items() if not name.startswith("decoder_")), None)
     found = arguments.get("input_ids", None if "inputs_embeds" in arguments else first)
     if isinstance(found, torch.Tensor) and found.ndim == 2 and not found.is_floating_point() and found.dtype != torch.bool:
         return found

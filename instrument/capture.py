@@ -85,6 +85,11 @@ class Pins:
         found = [alias for stack in self.stacks for alias in _attention_of(stack, site, cross=cross)]
         return found[:1]
 
+    def inside_block(self, site: SiteName) -> str:
+        """The part of a site's path below its block; all of it outside of any."""
+        paths = (block.path for stack in self.stacks for block in stack.blocks)
+        return next((site.path.removeprefix(f"{path}.") for path in paths if site.path.startswith(f"{path}.")), site.path)
+
     def home(self, site: SiteName) -> str | None:
         """The stream of the stack that a site belongs to; None for a site of no stack."""
         stack = next((alias.stack for alias in self.aliases_of(site)), None)

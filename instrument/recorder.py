@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -104,6 +104,7 @@ class Recorder:
         mask: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
         forwards: Literal["one", "generate"] = "one",
+        ends: int | Sequence[int] | None = None,
     ) -> Iterator[Batch]:
         """Record the one forward of the model that runs inside, and its backward: all of its examples in every column, or none.
 
@@ -115,6 +116,7 @@ class Recorder:
             segments: [B, T] integers, for rows that hold several examples: which one a position belongs to.
             forwards: `generate` for `model.generate(...)`: each forward continues the one before it, and tokens after an example's
                 end are left out. A forward that is given a filled KV cache continues without it, too.
+            ends: the tokens that end an example, where `generate` is given other ones than the model's generation_config names.
 
         Raises:
             BatchError, LayoutError, ForwardError, SiteNotFoundError, KeyRepeatedError: after the block, and nothing of the batch is
@@ -122,7 +124,7 @@ class Recorder:
         """
         if forwards not in ("one", "generate"):
             raise ValueError(f"forwards is 'one' or 'generate', not {forwards!r}")
-        given = Given(_checked(ids), labels or {}, tokens, mask, segments, forwards == "generate")
+        given = Given(_checked(ids), labels or {}, tokens, mask, segments, forwards == "generate", ends)
         batch = Batch(given, self._model, self._pins, recorded=not self._has_all(given))
         if not batch.recorded:
             yield batch

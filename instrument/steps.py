@@ -29,9 +29,14 @@ def merged(steps: Sequence[Step]) -> Step:
     if len(steps) == 1:
         return steps[0]
     names = dict.fromkeys(name for step in steps for name in step.streams)
-    streams = {name: joined([step.streams[name] for step in steps if name in step.streams]) for name in names}
+    streams = {name: joined(_distinct([step.streams[name] for step in steps if name in step.streams])) for name in names}
     keys = dict.fromkeys(key for step in steps for key in step.captures)
     return Step(streams, {key: _merged([step.captures[key] for step in steps if key in step.captures]) for key in keys})
+
+
+def _distinct(streams: Sequence[Stream]) -> list[Stream]:
+    """An encoder's tokens are the same in every forward of its decoder."""
+    return list({id(stream): stream for stream in streams}.values())
 
 
 def _merged(captures: Sequence[Capture]) -> Capture:

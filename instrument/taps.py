@@ -40,6 +40,9 @@ class Receiver(Protocol):
     def decoder_started(self, arguments: Arguments) -> None:
         """The decoder of an encoder-decoder begins with these arguments."""
 
+    def ended(self) -> None:
+        """The forward has ended."""
+
     def widths(self) -> Sequence[int]:
         """Positions of each stream of tokens in the present forward, where the call has shown them."""
 
@@ -254,8 +257,10 @@ class TapSet:
             self._receiver.decoder_started(arguments_of(module, args, kwargs))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module is self._model:
+        if module is self._model and self._running:
             self._running = False
+            if self._receiver is not None:
+                self._receiver.ended()
             if self._watch is not None:
                 self._watch.end()
 

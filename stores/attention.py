@@ -94,7 +94,7 @@ class Attention:
         count = max(1, tile_bytes // max(1, 4 * len(heads) * matrix.shape[2]))
         for start in range(0, len(queries), count):
             rows = queries[start : start + count]
-            tile = matrix.rows(heads, rows)
+            tile = matrix.rows(heads, rows).astype(np.float32, copy=False)
             yield rows, tile if self.part.keys is None else tile[:, :, keys]
 
     def _matrix(self, example: int) -> _Matrix:

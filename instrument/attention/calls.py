@@ -45,10 +45,12 @@ class AttentionCalls:
         pins: Pins,
         steps: Sequence[dict[str, Stream]],
         rows: int,
+        *,
+        cached: bool,
         segments: Callable[[Stream], list[torch.Tensor]],
     ) -> Iterator[Capture]:
         """What the taps store of a call."""
-        call, layouts = place(site, attended, pins, steps, rows)
+        call, layouts = place(site, attended, pins, steps, rows, cached=cached)
         chosen = [tap for tap in taps if call.cross or not tap.cross]
         _check_facts(site, columns.facts(call, ""), pins)
         taken = check.sample(call) if chosen else None

@@ -21,7 +21,9 @@ from .online import Segments
 from .spans import Call
 
 logger = logging.getLogger("tensortape")
-_LATER = "site {}: in the first batch the weights could be rebuilt from queries and keys, now they cannot, because"
+_LATER = (
+    "site {}: in the first batch weights followed from queries and keys, now they do not (Site(..., store='weights') stores them):"
+)
 
 
 def captures(
@@ -71,8 +73,7 @@ def unexplained(call: Call) -> str | None:
         return "examples are cut into windows"
     if call.intervals() is None:
         return "the keys that a query sees are not neighbours, or differ between heads"
-    bias = attended.mask.bias
-    if bias is not None and (call.cross or masks.by_distance(_whole(bias, attended), call.keys.width) is None):
+    if attended.mask.bias is not None and (call.cross or _bias(call) is None):
         return "scores have a bias that depends on more than the distance between query and key"
     return None
 
@@ -137,7 +138,7 @@ def _fact(tap: Tap, site: SiteName, call: Call, layout: Layout) -> Capture | Non
             raise AttentionError(f"{_LATER} the keys that a query sees are not neighbours".format(site))
         return Capture(tap, site, layout, intervals, lengths)
     if site.port == "bias" and attended.mask.bias is not None:
-        table = masks.by_distance(_whole(attended.mask.bias, attended), call.keys.width)
+        table = _bias(call)
         if table is None:
             raise AttentionError(f"{_LATER} its scores have a bias that depends on more than distance".format(site))
         return Capture(tap, site, layout, table[_places(call).to(table.device)], lengths)
@@ -159,9 +160,8 @@ def _with_weights(call: Call, tensor: torch.Tensor) -> Call:
     return Call(attended, call.queries, call.keys, call.cross, call.past, call.shift)
 
 
-def _whole(bias: torch.Tensor, attended: Attended) -> torch.Tensor:
-    """A bias with all of its query and key axes."""
-    return bias.expand(-1, attended.shape[1], attended.shape[2], attended.shape[3])
+def _bias(call: Call) -> torch.Tensor | None:
+    return masks.by_distance(call.attended.mask, call.attended.shape[1], call.attended.shape[2], call.keys.width)
 
 
 def _cast(tap: Tap, rows: torch.Tensor) -> torch.Tensor:

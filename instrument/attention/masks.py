@@ -112,24 +112,44 @@ def seen(mask: Mask, rows: int, queries: int, keys: int, device: torch.device) -
     return first.expand(rows, -1), last.expand(rows, -1), count.expand(rows, -1)
 
 
-def by_distance(bias: torch.Tensor, total: int) -> torch.Tensor | None:
-    """A bias that depends on the distance between query and key alone, as [total, 2, H]; None for any other.
+def by_distance(mask: Mask, heads: int, queries: int, total: int) -> torch.Tensor | None:
+    """The bias of a mask that depends on the distance between query and key alone, as [total, 2, H]; None for any other.
 
-    Entry [n, 0] is the bias of the key n before a query, entry [n, 1] of the key n after it; 0 where that never occurs.
+    Entry [n, 0] is the bias of the key n before a query, entry [n, 1] of the key n after it; 0 where that never counts.
 
     Args:
-        bias: [B or 1, H or 1, Tq, Tk], the last queries of `total` positions, and all of them as keys.
-        total: positions so far.
+        mask: of the last `queries` of `total` positions, with all of them as keys.
     """
-    queries, keys = bias.shape[2:]
-    if keys != total or (bias.shape[0] > 1 and not bool((bias == bias[:1]).all())):
+    if mask.bias is None or mask.bias.shape[-1] != total:
         return None
-    one = bias[0]
-    if not bool((one[:, 1:, 1:] == one[:, :-1, :-1]).all()):
+    bias = mask.bias.expand(-1, heads, queries, total)
+    keep = None if mask.keep is None else mask.keep.expand(-1, -1, queries, total)
+    if len(bias) == 1 and bool((bias[:, :, 1:, 1:] == bias[:, :, :-1, :-1]).all()):
+        lines = torch.cat([bias[0, :, -1].flip(-1), bias[0, :, 0, total - queries + 1 :]], 1)
+    else:
+        found = _diagonals(bias, keep)
+        if found is None:
+            return None
+        lines = found
+    before, after = lines[:, :total], torch.cat([lines[:, :1], lines[:, total:]], 1)
+    return torch.stack([before, functional.pad(after, (0, total - after.shape[1]))]).permute(2, 0, 1)
+
+
+def _diagonals(bias: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor | None:
+    """[H, ...]: the one value of each distance, 0, -1, -2, ..., then 1, 2, ..., over kept pairs; None where one has several."""
+    rows, heads, queries, total = bias.shape
+    distance = torch.arange(total, device=bias.device)[None] - torch.arange(total - queries, total, device=bias.device)[:, None]
+    number = torch.where(distance <= 0, -distance, total + distance - 1).reshape(1, -1)
+    kept = torch.ones_like(bias, dtype=torch.bool) if keep is None else keep.expand(len(bias), heads, -1, -1)
+    flat, there = (one.expand(max(len(kept), rows), -1, -1, -1).transpose(0, 1).flatten(2) for one in (bias, kept))
+    index = number.expand(heads, -1).repeat(1, flat.shape[1])
+    flat, there = flat.flatten(1), there.flatten(1)
+    empty = bias.new_full((heads, total + queries - 1), torch.inf)
+    least = empty.scatter_reduce(1, index, torch.where(there, flat, torch.inf), "amin")
+    most = (-empty).scatter_reduce(1, index, torch.where(there, flat, -torch.inf), "amax")
+    if bool((least < most).any()):
         return None
-    before = one[:, -1].flip(-1)  # seen from the last query
-    after = functional.pad(one[:, 0, keys - queries :], (0, keys - queries))  # and from the first
-    return torch.stack([before, after]).permute(2, 0, 1)
+    return torch.where(torch.isfinite(least), least, 0)
 
 
 def _seen_by_rule(

@@ -10,6 +10,7 @@ import torch
 from tensortape.stores.patterns import SiteName
 
 from ..capture import Capture
+from ..errors import AttentionError
 from ..layouts import Layout
 from ..sites import Tap
 from ..streams import Stream
@@ -23,12 +24,20 @@ def captured(
 ) -> Capture:
     """The weights of a call as the tap asks for them: all, some queries' or keys', or a reduction."""
     options, (of_queries, of_keys) = tap.options, layouts
-    call.check_pads()
+    call.check()
+    if call.queries.group > 1 and (options.queries is not None or options.keys is not None or options.segments is not None):
+        raise AttentionError(
+            f"site {site}: examples are cut into windows, so queries=, keys= and flow would be a window's; record all weights"
+        )
     if options.reduce == "entropy":
         return Capture(tap, site, of_queries, entropy(call), call.queries.lengths, "entropy", about=about)
     if options.reduce == "received":
         return Capture(tap, site, of_keys, received(call), call.keys.lengths, "received", about=about)
     if options.segments is not None:
+        if call.cross:
+            raise AttentionError(
+                f"site {site}: flow is between segments of one stream, but keys are of another here; select 'encoder.weights', say"
+            )
         rows = flow(call, segments(call.queries), options.segments)
         return Capture(tap, site, of_queries, rows, None, "flow", about=about)
     if options.queries is not None:
@@ -64,7 +73,7 @@ def received(call: Call) -> torch.Tensor:
         mass = torch.nan_to_num(tile.float()).sum(1).T
         found[example] = mass if example not in found else found[example] + mass
     empty = torch.zeros(0, call.attended.shape[1])
-    return torch.cat([found.get(example, empty) for example in range(len(call.keys.lengths))])
+    return torch.cat([found.get(number, empty) for number in range(len(call.keys.spans()))])
 
 
 def flow(call: Call, segments: list[torch.Tensor], count: int) -> torch.Tensor:
@@ -103,9 +112,9 @@ def to_some_keys(call: Call, keys: Any) -> torch.Tensor:
 
 
 def _place(number: int, count: int) -> int:
-    """A token's place counted from the start; examples too short for it give their last or first token's."""
+    """A token's place counted from the start."""
     if not -count <= number < count:
-        raise IndexError(f"token {number} was asked for, but an example has {count} tokens")
+        raise AttentionError(f"token {number} was asked for, but an example has {count} tokens")
     return number % count
 
 

@@ -15,11 +15,12 @@ from .facts import Attended
 from .spans import Call, aligned
 
 _CROSS = re.compile(r"(?i).*(cross|enc_?dec).*|encoder_attn|multihead_attn")
+_KEYS = ".keys"
 Streams = dict[str, Stream]
 
 
 def place(
-    site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], examples: int
+    site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], examples: int, *, cached: bool
 ) -> tuple[Call, tuple[Layout, Layout]]:
     """The call with its streams, and the layouts of queries and keys.
 
@@ -27,9 +28,10 @@ def place(
         site: the call's site; its port does not matter.
         steps: streams of each forward of the batch so far; the last gains those that the call opens.
         examples: input rows.
+        cached: whether the forward was given a cache of keys.
     """
     queries = _of_queries(site, attended, pins, steps[-1], examples)
-    keys = _of_keys(site, attended, pins, steps, queries)
+    keys = _of_keys(site, attended, pins, steps, queries, cached=cached)
     layouts = Layout("example token", queries), Layout("example token", keys)
     pins.layouts[_end(site, "q")], pins.layouts[_end(site, "k")] = layouts
     every = steps[-1][keys] if keys != queries else joined([step[keys] for step in steps if keys in step])
@@ -41,7 +43,7 @@ def _of_queries(site: SiteName, attended: Attended, pins: Pins, streams: Streams
     pinned = pins.layouts.get(_end(site, "q"))
     if pinned is not None:
         return _open(pinned.stream, rows, width, streams, examples, site)
-    fitting = _fitting(streams, rows, width)
+    fitting = [name for name in _fitting(streams, rows, width) if not name.endswith(_KEYS)]
     home = pins.home(site)
     if home in fitting:
         return str(home)
@@ -50,13 +52,12 @@ def _of_queries(site: SiteName, attended: Attended, pins: Pins, streams: Streams
     return fitting[0] if fitting else _open(site.path or "root", rows, width, streams, examples, site)
 
 
-def _of_keys(site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], queries: str) -> str:
+def _of_keys(site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Streams], queries: str, *, cached: bool) -> str:
     """The stream of the keys: that of the queries unless this is cross-attention."""
-    rows, _, width, count = attended.shape
-    count -= attended.extra_keys
+    rows, count = attended.shape[0], attended.shape[3] - attended.extra_keys
     streams = steps[-1]
     pinned = pins.layouts.get(_end(site, "k"))
-    name = pinned.stream if pinned is not None else _found(site, attended, streams, queries, count, width, steps)
+    name = pinned.stream if pinned is not None else _found(site, attended, pins, streams, queries, cached=cached)
     if name != queries:
         stream = streams.setdefault(name, Stream(rows, count))
         if (stream.rows, stream.width) != (rows, count):
@@ -67,18 +68,18 @@ def _of_keys(site: SiteName, attended: Attended, pins: Pins, steps: Sequence[Str
     return name
 
 
-def _found(
-    site: SiteName, attended: Attended, streams: Streams, queries: str, count: int, width: int, steps: Sequence[Streams]
-) -> str:
-    others = [name for name in _fitting(streams, attended.shape[0], count) if name != queries]
-    named = any(_CROSS.fullmatch(part) for part in site.path.split("."))
+def _found(site: SiteName, attended: Attended, pins: Pins, streams: Streams, queries: str, *, cached: bool) -> str:
+    rows, _, width, count = attended.shape
+    count -= attended.extra_keys
+    others = [name for name in _fitting(streams, rows, count) if name != queries]
+    named = any(_CROSS.fullmatch(part) for part in pins.inside_block(site).split("."))
     cross = attended.cross if attended.cross is not None else named and bool(others)
-    if not cross and (attended.cross is False or count == width or len(steps) > 1):
+    if not cross and (attended.cross is False or count == width):
         return queries
     if others:
         return others[0]
-    # Fewer keys than queries, in the first forward, are something else; more are a cache that has room, by any other name.
-    return queries if attended.cross is None and count > width and not named else f"{site.path}.keys"
+    is_cache = attended.cross is None and cached and count > width and not named
+    return queries if is_cache else f"{site.path}{_KEYS}"
 
 
 def _open(name: str, rows: int, width: int, streams: Streams, examples: int, site: SiteName) -> str:

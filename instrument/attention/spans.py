@@ -15,6 +15,7 @@ from . import masks
 from .facts import Attended
 
 TILE_BYTES = 16 << 20  # of one tile of weights, on the device
+_TRACE = 1e-4  # of a query's mass
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,13 @@ class Call:
         rows = self.queries.places.cpu() // self.queries.width
         before = self.keys.kept_before
         lowest, highest = before[rows, first + self.shift], before[rows, last + self.shift]
-        if not bool((highest - lowest == count).all()):
-            self._refuse_pads(found[2])
-            return None
         start, length = self._examples_in_rows()
         interval = torch.stack([lowest - start, highest - start], 1)
-        empty = interval[:, 0] == interval[:, 1]
-        if not bool(((interval[:, 0] >= 0) & (interval[:, 1] <= length) | empty).all()):
-            raise AttentionError(_CROSSES)
+        empty = count == 0
+        inside = (interval[:, 0] >= 0) & (interval[:, 1] <= length) & (highest - lowest == count) | empty
+        if not bool(inside.all()):
+            self._refuse_outside()
+            return None
         interval[empty] = 0
         return interval.to(torch.int32)
 
@@ -102,28 +102,38 @@ class Call:
         )
         return found[..., : len(columns)]
 
-    def check_pads(self) -> None:
-        """AttentionError if kept queries see pads: their weights over kept keys alone would not be theirs."""
-        batch, _, queries, keys = self.attended.shape
-        if self.attended.weights is None:
-            try:
-                found = masks.seen(self.attended.mask, batch, queries, keys - self.attended.extra_keys, _device(self.attended))
-            except ValueError:
-                return
-            self._refuse_pads(found[2])
+    def check(self) -> None:
+        """AttentionError if queries see pads, or other examples: their weights over their example's keys alone are not theirs."""
+        if self.queries.group == 1 and (self.attended.q is None or self.intervals() is None):
+            self._refuse_outside()
 
-    def _refuse_pads(self, count: torch.Tensor) -> None:
-        """Compare how many keys each kept query sees with how many of them are kept."""
+    def _refuse_outside(self) -> None:
+        """Compare what each example's queries see with what they see of their own example's keys."""
+        for (row, at), (key_row, own) in zip(self.queries.spans(), self.keys.spans(), strict=True):
+            own = own - self.shift
+            seen = self._seen(row, at)
+            inside = seen[..., own[own >= 0].to(seen.device)].sum(-1)
+            if bool((seen.sum(-1) - inside > _TRACE).any()):
+                mine = torch.zeros(seen.shape[-1], dtype=torch.bool)
+                mine[own[own >= 0]] = True
+                kept = self._kept_columns(key_row, seen.shape[-1])
+                others = seen[..., (kept & ~mine).to(seen.device)].sum(-1)
+                raise AttentionError(_CROSSES if bool((others > _TRACE).any()) else _SEES_PADS)
+
+    def _seen(self, row: int, at: torch.Tensor) -> torch.Tensor:
+        """What some queries see of every key column, [H or 1, R, Tk] float: weights, or 1 where the mask lets them see."""
+        columns = torch.arange(self.attended.shape[3] - self.attended.extra_keys)
+        if self.attended.weights is not None:
+            return self.attended.weights.detach()[row][:, at.to(self.attended.weights.device)].float()
+        device = _device(self.attended)
+        keep, _ = replace(self.attended.mask, bias=None).block(row, at.to(device), columns.to(device))
+        return torch.ones(1, len(at), len(columns), device=device) if keep is None else keep.float()
+
+    def _kept_columns(self, row: int, count: int) -> torch.Tensor:
+        """Which key columns of an input row are tokens, of whichever example; bool [Tk]."""
         if self.keys.mask is None:
-            return
-        kept = self.keys.mask[:, self.shift :]
-        queries = torch.arange(self.attended.shape[2], device=kept.device)
-        keys = torch.arange(kept.shape[1], device=kept.device)
-        for row, at in self.queries.spans():
-            keep, _ = replace(self.attended.mask, bias=None).block(row, queries, keys)
-            seen = kept[row][None].expand(len(queries), -1) if keep is None else keep[0] & kept[row]
-            if bool((seen.sum(-1)[at] != count.to(seen.device)[row][at]).any()):
-                raise AttentionError(_SEES_PADS)
+            return torch.ones(count, dtype=torch.bool)
+        return self.keys.mask[row].cpu()[self.shift : self.shift + count]
 
     def _examples_in_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For each kept query: kept keys of its row before its example, and keys of its example."""

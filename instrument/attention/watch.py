@@ -101,7 +101,9 @@ class Watch:
     def _of_mha(self, path: str, own: nn.MultiheadAttention) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if module is own:
-                self._report(path, mha.attended(own, arguments_of(module, args, kwargs), output))
+                with functions.handled():  # z is computed once more, by a function that tier 3 looks for
+                    found = mha.attended(own, arguments_of(module, args, kwargs), output)
+                self._report(path, found)
 
         return after
 
@@ -130,8 +132,9 @@ class Watch:
 
     def _leave(self, path: str, own: nn.Module) -> Callable[..., None]:
         def after(module: nn.Module, *_: Any) -> None:
-            if module is own and self._frames and self._frames[-1] == path:
-                self._frames.pop()
+            if module is own and path in self._frames:
+                while self._frames.pop() != path:
+                    pass  # frames of modules that raised
                 if not self._frames and self._recomputes():
                     self.end()
 
