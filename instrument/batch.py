@@ -303,7 +303,8 @@ class Batch:
         return (
             f"site {tap.site} was never reached by the forward: the module was not called"
             + (f" {tap.call} times" if tap.call else "")
-            + " (some modules only hold weights that their parent uses); choose another site"
+            + " (some modules only hold weights that their parent uses), or was compiled without the recorder attached; choose "
+            "another site, or call recorder.attach() before torch.compile"
         )
 
     def _check_same(self, found: Step, taps: list[Tap], expected: set[Key]) -> None:

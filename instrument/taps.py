@@ -20,11 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from tensortape.stores.patterns import SiteName
 
+from . import listening
 from .arguments import Arguments, arguments_of, leaf_of
 from .attention.facts import Attended, Turn
 from .attention.watch import Watch
 from .leaves import pick
-from .listening import listen
 from .modules import named
 from .recomputed import Recomputed
 from .sites import Tap
@@ -124,6 +124,8 @@ class TapSet:
         finally:
             self._receiver = None
             self._running = False
+            if self._watch is not None:
+                self._watch.end()  # a KeyboardInterrupt passes the hooks by
 
     def __enter__(self) -> Self:
         self.attach()
@@ -239,7 +241,8 @@ class TapSet:
             if found is not None and tap.call in (None, found.call):
                 receiver.graded(tap, found, turn(gradient))
 
-        listen(tensor, self._guard(graded))
+        for heard, hook in listening.hooks(tensor, graded):
+            heard.register_hook(self._guard(hook))  # type: ignore[no-untyped-call]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._receiver is not None and module is self._model and not _in_backward():
@@ -275,7 +278,26 @@ class TapSet:
                 if self._receiver is not None:
                     self._receiver.failed(error)
 
-        return _untraced(guarded) if self._traceable else guarded
+        return _untraced(guarded) if self._traceable else _Own(guarded)
+
+
+class _Own:
+    """A hook of the model it was placed on: a deep copy, or a saved copy, of the model has one that does nothing in its place."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *given: Any) -> None:
+        self._hook(*given)
+
+    def __deepcopy__(self, memo: object) -> _Own:
+        return _Own(_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Own, (_nothing,)
+
+
+def _nothing(*_: Any) -> None: ...
 
 
 @contextmanager

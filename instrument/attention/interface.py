@@ -2,13 +2,14 @@
 
 Every attention module of most transformers models asks `AttentionInterface.get_interface` for its function on every forward. One
 patch of that method, for as long as anyone observes, wraps what it returns; the wrapper looks the calling module up and touches
-neither configuration nor masks. Which modules are observed is kept on the modules themselves, where torch.compile's guards see it.
+neither configuration nor masks. Modules are told apart by identity, so copies of a model are not observed.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -21,31 +22,35 @@ from .functions import handled
 from .masks import Mask, Readings, read
 
 Observer = Callable[[nn.Module, dict[str, Any]], None]
-_ATTRIBUTE = "_tensortape_attention"
+_OBSERVERS: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, ...]] = weakref.WeakKeyDictionary()
 
 
 class _Patch:
-    """The wrapped `get_interface`, in place as long as there are users."""
+    """The wrapped `get_interface`, in place as long as there are users, or as long as somebody else's wrapper is around it."""
 
     users = 0
     original: Any = None
+    placed = False
     lock = threading.Lock()
 
     @classmethod
     def enter(cls) -> None:
         with cls.lock:
             interface = sys.modules["transformers.modeling_utils"].AttentionInterface
-            if not cls.users:
+            if not cls.placed or interface.get_interface is cls.original:
                 cls.original = interface.get_interface
                 interface.get_interface = _get_interface
+                cls.placed = True
             cls.users += 1
 
     @classmethod
     def leave(cls) -> None:
         with cls.lock:
             cls.users -= 1
-            if not cls.users:
-                sys.modules["transformers.modeling_utils"].AttentionInterface.get_interface = cls.original
+            interface = sys.modules["transformers.modeling_utils"].AttentionInterface
+            if not cls.users and interface.get_interface is _get_interface:
+                interface.get_interface = cls.original
+                cls.placed = False
 
 
 class Observation:
@@ -57,16 +62,14 @@ class Observation:
         if self._modules:
             _Patch.enter()
         for module in self._modules:
-            module.__dict__[_ATTRIBUTE] = (*module.__dict__.get(_ATTRIBUTE, ()), observer)
+            _OBSERVERS[module] = (*_OBSERVERS.get(module, ()), observer)
 
     def remove(self) -> None:
         """Stop observing."""
         for module in self._modules:
-            left = tuple(other for other in module.__dict__.get(_ATTRIBUTE, ()) if other is not self._observer)
+            left = tuple(other for other in _OBSERVERS.pop(module, ()) if other is not self._observer)
             if left:
-                module.__dict__[_ATTRIBUTE] = left
-            else:
-                module.__dict__.pop(_ATTRIBUTE, None)
+                _OBSERVERS[module] = left
         if self._modules:
             _Patch.leave()
         self._modules = []
@@ -101,7 +104,7 @@ def _get_interface(self: Any, attn_implementation: str, default: Callable[..., A
     function = _Patch.original(self, attn_implementation, default)
 
     def call(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **options: Any) -> Any:
-        observers = module.__dict__.get(_ATTRIBUTE, ())
+        observers = _OBSERVERS.get(module, ())
         if not observers:
             return function(module, query, key, value, attention_mask, *args, **options)
         with handled():

@@ -39,10 +39,17 @@ def attended(module: nn.MultiheadAttention, arguments: dict[str, Any], output: A
         scale=module.head_dim**-0.5,
         dropout=dropout,
         extra_keys=extra,
-        cross=arguments["key"] is not arguments["query"],
+        cross=_is_cross(arguments),
         source=output[0],
         turn=_turn(module),
     )
+
+
+def _is_cross(arguments: dict[str, Any]) -> bool | None:
+    """Keys made of another tensor are of another sequence, unless they have pads, which may be those of the queries."""
+    if arguments["key"] is arguments["query"]:
+        return False
+    return True if arguments.get("key_padding_mask") is None else None
 
 
 def _batched(tensor: torch.Tensor, module: nn.MultiheadAttention) -> torch.Tensor:
@@ -114,7 +121,7 @@ def _turn(module: nn.MultiheadAttention) -> Turn:
     weight, heads = module.out_proj.weight, module.num_heads
 
     def turned(gradient: torch.Tensor) -> torch.Tensor:
-        return _by_head(_batched(gradient, module) @ weight.detach(), heads)
+        return _by_head(_batched(gradient, module) @ weight.detach().to(gradient.dtype), heads)
 
     return turned
 

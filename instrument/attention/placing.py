@@ -73,7 +73,7 @@ def _found(site: SiteName, attended: Attended, pins: Pins, streams: Streams, que
     count -= attended.extra_keys
     others = [name for name in _fitting(streams, rows, count) if name != queries]
     named = any(_CROSS.fullmatch(part) for part in pins.inside_block(site).split("."))
-    cross = attended.cross if attended.cross is not None else named and bool(others)
+    cross = attended.cross if attended.cross is not None else named
     if not cross and (attended.cross is False or count == width):
         return queries
     if others:

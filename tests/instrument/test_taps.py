@@ -41,6 +41,9 @@ class Notes:
         """A forward of the root."""
         self.calls.append(dict(arguments))
 
+    def ended(self) -> None:
+        """The forward is over."""
+
     def decoder_started(self, arguments: Any) -> None:
         """A forward of its decoder."""
         self.decoder_calls.append(dict(arguments))
