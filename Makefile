@@ -23,6 +23,7 @@ bench: $(VENV)/.bench wheel  ## write and read speed beside raw files, zarr-pyth
 	$(BIN)/python benchmarks/bench_write.py
 	$(BIN)/python benchmarks/bench_read.py
 	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_attention.py
 
 dev: $(VENV)/.test  ## an editable install, for working on the code
 	$(PIP) --no-deps --editable .

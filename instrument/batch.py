@@ -15,12 +15,13 @@ from tensortape.stores.dtypes import Array, as_numpy
 from tensortape.stores.names import split
 from tensortape.stores.patterns import SiteName
 
+from . import reached
 from .attention.calls import AttentionCalls, size_of
 from .attention.facts import Attended
 from .cache_rows import CacheRows
 from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions, with_padding_mask
 from .capture import Capture, Pins, capture, nonfinite_rows
-from .errors import BatchError, ForwardError, SiteNotFoundError
+from .errors import BatchError, ForwardError
 from .gradients import added, split_scale
 from .labels import label_columns
 from .rows import Rows
@@ -173,11 +174,9 @@ class Batch:
 
     def check(self, found: Step, taps: list[Tap], expected: set[Key] | None) -> None:
         """SiteNotFoundError unless the batch has every site it should have; `expected` are those of earlier batches."""
+        reached.check(found.captures.keys(), taps, expected, self._graphless)
         if expected is None:
-            self._check_first(found, taps)
             self.pins.promote(found.captures, found.streams)
-        else:
-            self._check_same(found, taps, expected)
 
     def rows(self, found: Step, known: Mapping[str, Any]) -> Rows:
         """The batch for the writer. `known` tells what an absent column looks like: a row of zeros by column name."""
@@ -279,46 +278,6 @@ class Batch:
             raise BatchError(
                 f"the mask or tokens given are for {stream.rows} rows of {stream.width} positions, but what was captured has "
                 f"{other.rows} rows of {other.width}"
-            )
-
-    def _check_first(self, found: Step, taps: list[Tap]) -> None:
-        for tap in taps:
-            if not any(tap.takes(site) for site, _ in found.captures):
-                raise SiteNotFoundError(self._never_reached(tap))
-
-    def _never_reached(self, tap: Tap) -> str:
-        if tap.site.is_gradient and any(tap.takes(site) for site in self._graphless):
-            return (
-                f"site {tap.site} has no gradient: nothing its tensor was computed from requires one, or the forward ran under "
-                "no_grad. Where all parameters are frozen, give the model inputs_embeds after inputs_embeds.requires_grad_()"
-            )
-        if tap.site.is_gradient:
-            return f"site {tap.site} was reached by no backward: call backward() inside `with recorder.batch(...)`"
-        if tap.site.is_attention:
-            return (
-                f"no attention was seen at {str(tap.site)!r}: it goes neither through transformers' attention interface, "
-                "nn.MultiheadAttention, scaled_dot_product_attention nor a softmax of an attention module, or the model was "
-                "compiled before the recorder was attached; record module outputs instead"
-            )
-        return (
-            f"site {tap.site} was never reached by the forward: the module was not called"
-            + (f" {tap.call} times" if tap.call else "")
-            + " (some modules only hold weights that their parent uses), or was compiled without the recorder attached; choose "
-            "another site, or call recorder.attach() before torch.compile"
-        )
-
-    def _check_same(self, found: Step, taps: list[Tap], expected: set[Key]) -> None:
-        for tap in taps:
-            if tap.site.is_gradient and tap.options.missing == "error" and not any(tap.takes(site) for site, _ in found.captures):
-                raise SiteNotFoundError(self._never_reached(tap))
-        optional = [tap for tap in taps if tap.options.missing == "absent"]
-        absent = expected - found.captures.keys()
-        missing = sorted(str(site) for site, _ in absent if not any(tap.takes(site) for tap in optional))
-        new = sorted(str(site) for site, _ in found.captures.keys() - expected)
-        if missing or new:
-            what = f"did not run: {', '.join(missing)}" if missing else f"ran for the first time: {', '.join(new)}"
-            raise SiteNotFoundError(
-                f"unlike in the first batch, some sites {what}; Site(..., missing='absent') records sites that do not always run"
             )
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -21,45 +21,15 @@ from torch.utils.hooks import RemovableHandle
 from tensortape.stores.patterns import SiteName
 
 from . import listening
-from .arguments import Arguments, arguments_of, leaf_of
+from .arguments import arguments_of, leaf_of
 from .attention.facts import Attended, Turn
 from .attention.watch import Watch
 from .leaves import pick
 from .modules import named
+from .receiver import Receiver
 from .recomputed import Recomputed
 from .sites import Tap
 from .slow_path import SlowPath, needs_slow_path
-
-
-class Receiver(Protocol):
-    """Who gets what the taps see."""
-
-    def started(self, arguments: Arguments) -> int:
-        """A forward of the root module begins with these arguments; returns its number of input rows, 0 if not known."""
-
-    def decoder_started(self, arguments: Arguments) -> None:
-        """The decoder of an encoder-decoder begins with these arguments."""
-
-    def ended(self) -> None:
-        """The forward has ended."""
-
-    def widths(self) -> Sequence[int]:
-        """Positions of each stream of tokens in the present forward, where the call has shown them."""
-
-    def captured(self, tap: Tap, site: SiteName, tensor: torch.Tensor) -> None:
-        """A tapped tensor; to be copied before returning."""
-
-    def attended(self, taps: Sequence[Tap], site: SiteName, attended: Attended) -> None:
-        """An attention call that some taps cover; to be copied before returning."""
-
-    def graded(self, tap: Tap, site: SiteName, gradient: torch.Tensor) -> None:
-        """The gradient at a tapped tensor, or at an attention call; to be copied before returning."""
-
-    def without_gradient(self, site: SiteName) -> None:
-        """A gradient was asked for at a tensor that has none."""
-
-    def failed(self, error: Exception) -> None:
-        """Something went wrong in a hook."""
 
 
 class TapSet:
