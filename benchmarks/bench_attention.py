@@ -175,13 +175,15 @@ def rebuilt(length: int) -> float:
 def table(length: int) -> list[str]:
     """One length's rows."""
     formula = LAYERS * length * (WIDTH // HEADS) * 2 * HEADS * 4
-    lines = ["| | seconds | of bare | MB on disk | MB peak |", "|---|---|---|---|---|"]
+    lines = ["| | seconds | of bare | MB on disk | MB peak | above bare |", "|---|---|---|---|---|---|"]
+    forward = memory("bare forward (sdpa)", length)["peak"]
     taken = times(length)
     median = {name: sorted(seconds)[REPETITIONS // 2] for name, seconds in taken.items()}
     for name, seconds in median.items():
         held = memory(name, length)
         ratio = seconds / median["bare forward (sdpa)"]
-        lines.append(f"| {name} | {seconds:.3f} | {ratio:.2f} | {held['stored'] / 1e6:.1f} | {held['peak'] / 1e6:.0f} |")
+        sizes = [f"{held['stored'] / 1e6:.1f}", f"{held['peak'] / 1e6:.0f}", f"{(held['peak'] - forward) / 1e6:.0f}"]
+        lines.append(f"| {name} | {seconds:.3f} | {ratio:.2f} | {' | '.join(sizes)} |")
     cost = median["recorded attention"] / median["bare forward, raw write"]
     lines += [
         "",
