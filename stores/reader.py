@@ -123,8 +123,8 @@ class Run:
         for name in dict.fromkeys(name for part in self._parts for name in part.state.columns):
             table, short = names.split(name)
             columns.setdefault(table, {})[short] = Column(name, self._parts, self._index)
-        for found in columns.values():
-            found.update({short: self._scaled(column, columns) for short, column in found.items() if _is_scaled(column)})
+        for table, short in map(names.split, self._scaled_names):
+            columns[table][short] = self._scaled(columns[table][short], columns)
         return {table: Table(table, found, self._index) for table, found in columns.items()}
 
     @property
@@ -295,6 +295,12 @@ class Run:
         head = f"<Run {self.path}: {len(self)} examples, {self.nbytes / 1e6:.1f} MB, {commits} commits, {state}>"
         return "\n".join([head, *(f"  {self._described(table)}" for table in self.tables.values())])
 
+    @property
+    def _scaled_names(self) -> set[str]:
+        """Columns that are stored beside a scale in any part; parts that disagree on a column are no matter here."""
+        schemas = ((name, schema) for part in self._parts for name, schema in part.state.columns.items())
+        return {name for name, schema in schemas if (schema.site or {}).get("scaled")}
+
     def _scaled(self, column: Column, columns: dict[str, dict[str, Column]]) -> ScaledColumn:
         found = ScaledColumn(column.name, self._parts, self._index)
         found.scale = columns["example"][f"{names.split(column.name)[1]}|scale"]
@@ -309,7 +315,3 @@ class Run:
         import pandas as pd
 
         return self.tables[table].to_pandas() if table in self.tables else pd.DataFrame()
-
-
-def _is_scaled(column: Column) -> bool:
-    return bool((column.site or {}).get("scaled"))

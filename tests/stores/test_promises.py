@@ -91,6 +91,8 @@ def test_every_error_is_a_store_error_and_one_of_pythons_own():
         "SchemaError": ValueError,
         "KeyRepeatedError": ValueError,
         "UnknownColumnError": KeyError,
+        "AttentionNotRecordedError": KeyError,
+        "GradientError": RuntimeError,
         "MissingExampleError": KeyError,
     }
     ours = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and kind is not errors.StoreError}
