@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.metadata
 import warnings
 import weakref
 from collections.abc import Callable
@@ -506,7 +507,7 @@ def test_what_the_run_says_of_the_model(recorded: Callable[..., Run]) -> None:
     assert run.model["config"]["hidden_size"] == HIDDEN
     assert run.model["name"] == "tiny"
     assert "somebodys" not in str(run.model)
-    assert run.provenance["torch"] == torch.__version__.partition("+")[0]
+    assert run.provenance["torch"] == importlib.metadata.version("torch")
 
 
 def test_attached_hooks_stay_until_close(make: Make, opened: Opened) -> None:
