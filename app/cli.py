@@ -24,7 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def record(
     model: Annotated[str, typer.Option(help="Model name or folder, or 'demo' for the embedded one.")],
     to: Annotated[Path, typer.Option(help="The run to write.")],
-    sites: Annotated[list[str], typer.Option(help="What to record; may be given several times.")] = ["resid_post"],  # noqa: B006
+    sites: Annotated[list[str], typer.Option(help="What to record, or 'none'; may be given several times.")] = ["resid_post"],  # noqa: B006
     attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,
     text: Annotated[list[Path] | None, typer.Option(help="Text files or folders of them.")] = None,
@@ -47,7 +47,7 @@ def record(
 
     from . import differentiated, models, show, sources
 
-    chosen = differentiated.selection(sites, attention, gradients=gradients)
+    differentiated.check_attention(attention)
     if (text is None) == (dataset is None):
         raise typer.BadParameter("give texts either as --text or as --dataset")
     found = (
@@ -62,7 +62,7 @@ def record(
         tokenizer=tokenizer,
         ids=[id_ for id_, _ in found],
         to=to,
-        sites=chosen,
+        sites=differentiated.selection(loaded, sites, attention, gradients=gradients),
         targets=differentiated.next_token_loss(loaded) if gradients else None,
         batch_size=batch_size,
         batch_tokens=batch_tokens,

@@ -9,19 +9,24 @@ import torch
 from torch import nn
 
 from tensortape.instrument import Site
+from tensortape.instrument.sites import resolve
 
 ATTENTION = ("none", "qk", "weights", "auto")
 
 
-def selection(sites: Sequence[str], attention: str, *, gradients: bool) -> list[str | Site]:
-    """The sites asked for; with gradients, also the gradient at each and what saliency is rebuilt from."""
+def selection(model: nn.Module, sites: Sequence[str], attention: str, *, gradients: bool) -> list[str | Site]:
+    """The sites asked for (`none` for none); with gradients, also the gradient at each, and what saliency is rebuilt from."""
+    plain = [site for site in sites if site != "none"]
+    taps = [tap for tap in resolve(model, plain) if not tap.site.is_attention] if plain and gradients else []
+    graded = [f"{tap.path}{'' if tap.call is None else f'#{tap.call}'}:{tap.port}.grad" for tap in taps if not tap.site.is_gradient]
+    attended = [] if attention == "none" else [Site("attention.grad" if gradients else "attention", store=attention)]  # type: ignore[arg-type]
+    return [*plain, *graded, *attended]
+
+
+def check_attention(attention: str) -> None:
+    """ValueError for a kind of attention that there is not."""
     if attention not in ATTENTION:
         raise ValueError(f"--attention is one of {', '.join(ATTENTION)}, not {attention!r}")
-    plain = [site for site in sites if site != "none"]
-    graded = [f"{site}.grad" if ":" in site else f"{site}:{_port(site)}.grad" for site in plain] if gradients else []
-    port = "attention.grad" if gradients else "attention"
-    attended = [] if attention == "none" else [Site(port, store=attention)]  # type: ignore[arg-type]
-    return [*plain, *graded, *attended]
 
 
 def next_token_loss(model: nn.Module) -> dict[str, Any]:
@@ -38,8 +43,3 @@ def next_token_loss(model: nn.Module) -> dict[str, Any]:
         return summed
 
     return {"loss": loss}
-
-
-def _port(site: str) -> str:
-    """Where an alias is tapped: `resid_pre` is what a block is given."""
-    return "in" if site.rpartition(".")[2].startswith(("resid_pre", "resid_mid")) else "out"

@@ -193,9 +193,9 @@ def _by_alias(pattern: Pattern, aliased: list[tuple[Alias, SiteName]], options: 
 
 def _of_attention(pattern: Pattern, model: nn.Module, options: Site) -> Iterator[Tap]:
     """`attention`, `attention.grad`, `weights` and `cross_attention`, at every attention call or at those of some layers."""
-    port = pattern.port or "attention"
-    if not pattern.is_attention or not SiteName("", port).is_attention:
+    if not pattern.is_attention:
         return
+    port = pattern.port or "attention"
     cross = pattern.is_cross_attention
     if pattern.is_everywhere:
         yield Tap("", port, None, options, cross)

@@ -66,9 +66,10 @@ def _of_examples(captures: Sequence[Capture]) -> Capture:
 def _square(captures: Sequence[Capture]) -> list[Capture]:
     """Pairs of queries with the keys there were, padded to pairs with all keys there will be: later keys have no weight."""
     found = []
-    for taken, counts in zip(captures, _key_counts(captures), strict=True):
+    key_counts: list[list[int]] = [taken.about["keys"] for taken in captures]
+    final = [max(counted) for counted in zip(*key_counts, strict=True)]
+    for taken, counts in zip(captures, key_counts, strict=True):
         pieces = torch.split(taken.rows, taken.lengths or [])
-        final = [max(counted) for counted in zip(*_key_counts(captures), strict=True)]
         grown = [
             torch.nn.functional.pad(piece.reshape(-1, count, *piece.shape[1:]), (0, 0, 0, most - count)).flatten(0, 1)
             if count
@@ -77,8 +78,3 @@ def _square(captures: Sequence[Capture]) -> list[Capture]:
         ]
         found.append(replace(taken, rows=torch.cat(grown), lengths=[len(piece) for piece in grown]))
     return found
-
-
-def _key_counts(captures: Sequence[Capture]) -> list[list[int]]:
-    """Keys per example that each forward's queries could see."""
-    return [taken.about["keys"] for taken in captures]

@@ -80,6 +80,7 @@ class Stream:
         mask = torch.ones(self.rows, self.width, dtype=torch.long) if self.mask is None else self.mask.cpu().long()
         return torch.nn.functional.pad(mask.cumsum(1), (1, 0))
 
+    @cached_property
     def spans(self) -> list[tuple[int, torch.Tensor]]:
         """For each example (or window) its input row and the positions of its kept tokens in it, on the host."""
         pieces = torch.split(self.places.cpu(), self.lengths if self.group == 1 else [self.width] * self.rows)

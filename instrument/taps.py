@@ -49,7 +49,6 @@ class TapSet:
         self._calls: defaultdict[str, int] = defaultdict(int)
         self._recomputed = Recomputed()
         self._open: defaultdict[str, list[int]] = defaultdict(list)  # calls that have begun and not ended: a module may call itself
-        self._listened: set[tuple[Tap, SiteName]] = set()
         self._handles: list[RemovableHandle] = []
         self._needs_slow_path = False
         self._by_module: defaultdict[str, list[Tap]] = defaultdict(list)
@@ -57,8 +56,7 @@ class TapSet:
             if not tap.site.is_attention:
                 self._by_module[tap.path].append(tap)
         self._attention = [tap for tap in taps if tap.site.is_attention]
-        recomputes = lambda: self._recomputes  # noqa: E731
-        self._watch = Watch(model, self._attended, self._guard, recomputes, traceable=traceable) if self._attention else None
+        self._watch = Watch(model, self._attended, self._guard, self._recomputes, traceable=traceable) if self._attention else None
         self._has_gradients = any(tap.site.is_gradient for tap in taps)
 
     @property
@@ -152,9 +150,8 @@ class TapSet:
 
     @property
     def _acts(self) -> bool:
-        return self._running or self._recomputes
+        return self._running or self._recomputes()
 
-    @property
     def _recomputes(self) -> bool:
         """Whether a checkpoint computes part of the recorded forward once more, which matters to gradients alone."""
         return not self._running and self._has_gradients and self._receiver is not None and _in_backward()
@@ -200,11 +197,7 @@ class TapSet:
                 receiver.without_gradient(site)
                 self._recomputed.expect(tap, site)
             return
-        if site.call:
-            self._listened.add((tap, site))
-            named: Callable[[], SiteName | None] = lambda: site  # noqa: E731
-        else:
-            named = self._recomputed.place(tap, site)
+        named = (lambda: site) if site.call else self._recomputed.place(tap, site)
 
         def graded(gradient: torch.Tensor) -> None:
             found = named()
@@ -219,7 +212,6 @@ class TapSet:
             self._running = True
             self._calls.clear()
             self._open.clear()
-            self._listened.clear()
             self._recomputed = Recomputed()
             rows = self._receiver.started(arguments_of(module, args, kwargs))
             if self._watch is not None:

@@ -39,6 +39,16 @@ class Recorded:
         found: Json = site["attention"]
         return found
 
+    @property
+    def tables(self) -> tuple[str, str]:
+        """The tables whose rows queries and keys are."""
+        if "q" in self.columns:
+            return self.need("q").name.partition("/")[0], self.need("k").name.partition("/")[0]
+        pair = self.need("weights").name.partition("/")[0].removeprefix("pair").removeprefix(".")
+        queries = _stream(self.need("weights"))
+        keys = pair.removeprefix(f"{queries}.") or queries
+        return _table(queries), _table(keys)
+
     def need(self, port: str) -> Column:
         """A column, or AttentionNotRecordedError saying which site to ask for."""
         if port not in self.columns:
@@ -47,6 +57,16 @@ class Recorded:
                 f"{self.name}:{port} was not recorded; record sites=['{self.name}:{wanted}']. Recorded: {', '.join(self.columns)}"
             )
         return self.columns[port]
+
+
+def _stream(column: Column) -> str:
+    """The stream that a site's layout names: `token.decoder` in `example token.decoder ...` is the stream `decoder`."""
+    named = next(part for part in str((column.site or {})["layout"]).split() if part.startswith("token"))
+    return named.partition(".")[2] or "token"
+
+
+def _table(stream: str) -> str:
+    return "token" if stream == "token" else f"token.{stream}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,11 @@ class Attention:
     def facts(self) -> Json:
         """What was recorded of the attention function: scale, softcap, implementation, and whether weights were stored."""
         return self.recorded.facts
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """The tables whose rows queries and keys are."""
+        return self.recorded.tables
 
     def __getitem__(self, example: int) -> Array:
         tiles = [tile for _, tile in self.tiles(example)]
@@ -204,11 +229,14 @@ class _Stored(_Matrix):
 
     def rows(self, heads: Array, queries: Array) -> Array:
         keys = self.shape[2] if self._window is None else self._window
-        found = np.zeros((len(heads), len(queries), self.shape[2]), np.float32)
-        for place, query in enumerate(queries.tolist()):
-            row = self._column.within(self._example, query * keys, (query + 1) * keys)
-            first = 0 if self._window is None else query // self._window * self._window
-            found[:, place, first : first + keys] = row[:, heads].T
+        pieces = np.split(queries, np.flatnonzero(np.diff(queries) != 1) + 1) if len(queries) else []
+        read = [self._column.within(self._example, int(run[0]) * keys, int(run[-1] + 1) * keys) for run in pieces]
+        rows = _wide(np.concatenate([run.reshape(-1, keys, self.shape[0]) for run in read])[:, :, heads].transpose(2, 0, 1))
+        if self._window is None:
+            return rows
+        found = np.zeros((len(heads), len(queries), self.shape[2]), rows.dtype)
+        at = queries[:, None] // keys * keys + np.arange(keys)
+        found[:, np.arange(len(queries))[:, None], at] = rows
         return found
 
 

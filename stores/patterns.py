@@ -132,11 +132,6 @@ class Pattern:
         return port
 
     @property
-    def is_alias(self) -> bool:
-        """Whether the pattern names an alias."""
-        return self._alias is not None
-
-    @property
     def is_attention(self) -> bool:
         """Whether the pattern names the attention, or cross-attention, that every architecture shares (or a module so named)."""
         found = self._alias

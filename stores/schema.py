@@ -72,11 +72,6 @@ class ColumnSchema:
         return names.split(self.name)[0]
 
     @property
-    def short_name(self) -> str:
-        """The name without its table."""
-        return names.split(self.name)[1]
-
-    @property
     def itemsize(self) -> int:
         """Bytes per value on disk; 0 for text."""
         return 0 if self.dtype == dtypes.TEXT else dtypes.stored(self.dtype).itemsize

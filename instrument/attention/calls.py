@@ -52,7 +52,7 @@ class AttentionCalls:
         """What the taps store of a call."""
         call, layouts = place(site, attended, pins, steps, rows, cached=cached)
         chosen = [tap for tap in taps if call.cross or not tap.cross]
-        _check_facts(site, columns.facts(call, ""), pins)
+        _check_facts(site, columns.facts(call), pins)
         taken = check.sample(call) if chosen else None
         if taken is not None and attended.z is not None:
             check.explain(site, taken, attended.z.dtype)

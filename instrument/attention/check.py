@@ -47,7 +47,7 @@ def sample(call: Call) -> Sample | None:
     attended = call.attended
     if attended.v is None or attended.z is None or attended.extra_keys or attended.dropout or not call.queries.kept:
         return None
-    spans, keys = call.queries.spans(), call.keys.spans()
+    spans, keys = call.queries.spans, call.keys.spans
     example = max(range(len(spans)), key=lambda number: len(spans[number][1]))
     (row, at), (key_row, columns) = spans[example], keys[example]
     columns = columns - call.shift

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from ..capture import Capture
 from ..errors import AttentionError
 from ..layouts import Layout
 from ..sites import Tap
-from ..streams import Stream
 from . import masks, online
 from .facts import Attended
 from .online import Segments
@@ -38,7 +38,7 @@ def captures(
         segments: gives the segment of each token, for reductions that ask for it.
         first: whether this is the batch's first forward; keys of cross-attention are the same in all.
     """
-    about = {"attention": facts(call, stored)}
+    about = {"attention": {**facts(call), "stored": stored}}
     for port in _ports(tap, call, stored, first=first):
         named = SiteName(site.path, port, site.call)
         if port == "weights":
@@ -71,18 +71,17 @@ def unexplained(call: Call) -> str | None:
         return "there are keys that are no tokens"
     if call.queries.group > 1 or call.keys.group > 1:
         return "examples are cut into windows"
-    if call.intervals() is None:
+    if call.intervals is None:
         return "the keys that a query sees are not neighbours, or differ between heads"
     if attended.mask.bias is not None and (call.cross or _bias(call) is None):
         return "scores have a bias that depends on more than the distance between query and key"
     return None
 
 
-def facts(call: Call, stored: str) -> dict[str, Any]:
+def facts(call: Call) -> dict[str, Any]:
     """What the run says of an attention call besides its columns."""
     attended = call.attended
     return {
-        "stored": stored,
         "tier": attended.tier,
         "implementation": attended.implementation,
         "scale": attended.scale,
@@ -133,7 +132,7 @@ def _fact(tap: Tap, site: SiteName, call: Call, layout: Layout) -> Capture | Non
     """Columns that say which keys a query sees and what is added to its scores; None for what the call has not."""
     attended, lengths = call.attended, call.queries.lengths
     if site.port == "keys":
-        intervals = call.intervals()
+        intervals = call.intervals
         if intervals is None:
             raise AttentionError(f"{_LATER} the keys that a query sees are not neighbours".format(site))
         return Capture(tap, site, layout, intervals, lengths)
@@ -157,7 +156,7 @@ def _places(call: Call) -> torch.Tensor:
 
 def _with_weights(call: Call, tensor: torch.Tensor) -> Call:
     attended = Attended("softmax", call.attended.implementation, weights=tensor)
-    return Call(attended, call.queries, call.keys, call.cross, call.past, call.shift)
+    return replace(call, attended=attended)
 
 
 def _bias(call: Call) -> torch.Tensor | None:
@@ -175,12 +174,13 @@ def _known(tensor: torch.Tensor | None, site: SiteName) -> torch.Tensor:
 
 
 def _bytes_of_qk(call: Call) -> int:
-    q, k = _known(call.attended.q, SiteName("")), _known(call.attended.k, SiteName(""))
-    stream: Stream = call.keys if call.cross else call.queries
-    return (call.queries.kept * q.shape[1] + stream.kept * k.shape[1]) * q.shape[3] * q.itemsize
+    q, k = call.attended.reference, call.attended.k
+    stream = call.keys if call.cross else call.queries
+    heads_of_keys = 0 if k is None else k.shape[1]
+    return (call.queries.kept * q.shape[1] + stream.kept * heads_of_keys) * q.shape[3] * q.itemsize
 
 
 def _bytes_of_weights(call: Call) -> int:
-    q = _known(call.attended.q, SiteName(""))
+    q = call.attended.reference
     pairs = sum(a * b for a, b in zip(call.queries.lengths, call.keys.lengths, strict=True))
     return pairs * q.shape[1] * q.itemsize

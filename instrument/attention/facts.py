@@ -53,11 +53,15 @@ class Attended:
     turn: Turn = torch.detach
 
     @property
+    def reference(self) -> torch.Tensor:
+        """q, or the weights where only those are known: what tells device and dtype."""
+        found = self.q if self.q is not None else self.weights
+        if found is None:
+            raise ValueError("an attention call needs q and k, or weights")
+        return found
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, Tq, Tk)."""
-        if self.q is None or self.k is None:
-            if self.weights is None:
-                raise ValueError("an attention call needs q and k, or weights")
-            batch, heads, queries, keys = self.weights.shape
-            return batch, heads, queries, keys
-        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+        batch, heads, queries, last = self.reference.shape
+        return batch, heads, queries, last if self.k is None else self.k.shape[2]

@@ -46,7 +46,7 @@ def captured(
     if options.keys is not None:
         suffix = f"keys={','.join(map(str, options.keys))}"
         return Capture(tap, site, of_queries, to_some_keys(call, options.keys), call.queries.lengths, suffix, about=about)
-    rows, lengths = pairs(call, _dtype(call) if options.dtype is None else getattr(torch, options.dtype))
+    rows, lengths = pairs(call, call.attended.reference.dtype if options.dtype is None else getattr(torch, options.dtype))
     return Capture(tap, site, of_queries, rows, lengths, keys=of_keys, about=about)
 
 
@@ -73,7 +73,7 @@ def received(call: Call) -> torch.Tensor:
         mass = torch.nan_to_num(tile.float()).sum(1).T
         found[example] = mass if example not in found else found[example] + mass
     empty = torch.zeros(0, call.attended.shape[1])
-    return torch.cat([found.get(number, empty) for number in range(len(call.keys.spans()))])
+    return torch.cat([found.get(number, empty) for number in range(len(call.keys.spans))])
 
 
 def flow(call: Call, segments: list[torch.Tensor], count: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def flow(call: Call, segments: list[torch.Tensor], count: int) -> torch.Tensor:
         segments: for each example the segment of each of its tokens, [T_i]; -1 for none.
         count: how many segments there are.
     """
-    device = _reference(call).device
+    device = call.attended.reference.device
     hot = [torch.nn.functional.one_hot(one.long() + 1, count + 1)[:, 1:].float().to(device) for one in segments]
     found = torch.zeros(len(segments), call.attended.shape[1], count, count, device=device)
     for example, start, tile in call.tiles():
@@ -95,10 +95,10 @@ def flow(call: Call, segments: list[torch.Tensor], count: int) -> torch.Tensor:
 def of_some_queries(call: Call, queries: Any) -> torch.Tensor:
     """Weights of some queries of each example, [kept keys, chosen, H]."""
     pieces = []
-    spans = zip(call.queries.spans(), call.keys.spans(), strict=True)
+    spans = zip(call.queries.spans, call.keys.spans, strict=True)
     for (row, at), (key_row, keys) in spans:
         tile = call.tile(row, at[torch.tensor([_place(number, len(at)) for number in queries])], key_row, keys - call.shift)
-        pieces.append(tile.permute(2, 1, 0).to(_dtype(call)))
+        pieces.append(tile.permute(2, 1, 0).to(call.attended.reference.dtype))
     return torch.cat(pieces)
 
 
@@ -107,7 +107,7 @@ def to_some_keys(call: Call, keys: Any) -> torch.Tensor:
     pieces = []
     for example, _, tile in call.tiles():
         chosen = torch.tensor([_place(number, call.keys.lengths[example]) for number in keys])
-        pieces.append(tile[:, :, chosen.to(tile.device)].permute(1, 2, 0).to(_dtype(call)))
+        pieces.append(tile[:, :, chosen.to(tile.device)].permute(1, 2, 0).to(call.attended.reference.dtype))
     return torch.cat(pieces)
 
 
@@ -116,14 +116,3 @@ def _place(number: int, count: int) -> int:
     if not -count <= number < count:
         raise AttentionError(f"token {number} was asked for, but an example has {count} tokens")
     return number % count
-
-
-def _reference(call: Call) -> torch.Tensor:
-    attended = call.attended
-    found = attended.q if attended.q is not None else attended.weights
-    assert found is not None
-    return found
-
-
-def _dtype(call: Call) -> torch.dtype:
-    return _reference(call).dtype

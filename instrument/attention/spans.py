@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -27,7 +28,6 @@ class Call:
         queries: the stream of this forward's queries.
         keys: the stream of all keys so far; `queries` itself where there is no cache and no cross-attention.
         cross: whether keys come from another stream.
-        past: positions of the key stream before the first query's; 0 for cross-attention.
         shift: positions of the key stream that have left a sliding cache: key column j is position j + shift.
     """
 
@@ -35,7 +35,6 @@ class Call:
     queries: Stream
     keys: Stream
     cross: bool
-    past: int
     shift: int
 
     @property
@@ -43,6 +42,7 @@ class Call:
         """Keys at the end of k that no earlier forward has shown."""
         return self.keys.width if self.cross else self.queries.width
 
+    @cached_property
     def intervals(self) -> torch.Tensor | None:
         """For each kept query the first and one past the last key of its example that it sees; int32 [kept, 2] on the host.
 
@@ -54,7 +54,7 @@ class Call:
         batch, _, queries, keys = self.attended.shape
         columns = keys - self.attended.extra_keys
         try:
-            found = masks.seen(self.attended.mask, batch, queries, columns, _device(self.attended))
+            found = masks.seen(self.attended.mask, batch, queries, columns, self.attended.reference.device)
         except ValueError:
             return None
         first, last, count = (numbers.cpu().reshape(-1)[self.queries.places.cpu()] for numbers in found)
@@ -73,7 +73,7 @@ class Call:
 
     def tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(example, first query, weights [H, R, K]) of all examples, over their own kept tokens; few queries at a time."""
-        for example, ((row, at), (key_row, keys)) in enumerate(zip(self.queries.spans(), self.keys.spans(), strict=True)):
+        for example, ((row, at), (key_row, keys)) in enumerate(zip(self.queries.spans, self.keys.spans, strict=True)):
             columns = keys - self.shift
             columns = columns[columns >= 0]
             count = max(1, TILE_BYTES // max(1, 4 * self.attended.shape[1] * len(columns)))
@@ -83,12 +83,10 @@ class Call:
 
     def tile(self, row: int, queries: torch.Tensor, key_row: int, columns: torch.Tensor) -> torch.Tensor:
         """Weights [H, R, K] of some queries of an input row over some key columns; extra keys take part and are dropped."""
-        call, device = self.attended, _device(self.attended)
+        call, device = self.attended, self.attended.reference.device
         queries, columns = queries.to(device), columns.to(device)
         if call.q is None or call.k is None:
-            if call.weights is None:
-                raise AttentionError("an attention call showed neither q and k nor weights")
-            return call.weights.detach()[row][:, queries][:, :, columns]
+            return call.reference.detach()[row][:, queries][:, :, columns]
         keep, bias = call.mask.block(row, queries, columns)
         k = call.k.detach()[key_row]
         found = weights(
@@ -104,12 +102,12 @@ class Call:
 
     def check(self) -> None:
         """AttentionError if queries see pads, or other examples: their weights over their example's keys alone are not theirs."""
-        if self.queries.group == 1 and (self.attended.q is None or self.intervals() is None):
+        if self.queries.group == 1 and (self.attended.q is None or self.intervals is None):
             self._refuse_outside()
 
     def _refuse_outside(self) -> None:
         """Compare what each example's queries see with what they see of their own example's keys."""
-        for (row, at), (key_row, own) in zip(self.queries.spans(), self.keys.spans(), strict=True):
+        for (row, at), (key_row, own) in zip(self.queries.spans, self.keys.spans, strict=True):
             own = own - self.shift
             seen = self._seen(row, at)
             inside = seen[..., own[own >= 0].to(seen.device)].sum(-1)
@@ -122,10 +120,10 @@ class Call:
 
     def _seen(self, row: int, at: torch.Tensor) -> torch.Tensor:
         """What some queries see of every key column, [H or 1, R, Tk] float: weights, or 1 where the mask lets them see."""
-        columns = torch.arange(self.attended.shape[3] - self.attended.extra_keys)
+        device = self.attended.reference.device
         if self.attended.weights is not None:
-            return self.attended.weights.detach()[row][:, at.to(self.attended.weights.device)].float()
-        device = _device(self.attended)
+            return self.attended.weights.detach()[row][:, at.to(device)].float()
+        columns = torch.arange(self.attended.shape[3] - self.attended.extra_keys)
         keep, _ = replace(self.attended.mask, bias=None).block(row, at.to(device), columns.to(device))
         return torch.ones(1, len(at), len(columns), device=device) if keep is None else keep.float()
 
@@ -139,7 +137,7 @@ class Call:
         """For each kept query: kept keys of its row before its example, and keys of its example."""
         starts: list[int] = []
         seen_rows: dict[int, int] = {}
-        for (row, _), length in zip(self.keys.spans(), self.keys.lengths, strict=True):
+        for (row, _), length in zip(self.keys.spans, self.keys.lengths, strict=True):
             starts.append(seen_rows.get(row, 0))
             seen_rows[row] = starts[-1] + length
         counts = torch.tensor(self.queries.lengths)
@@ -171,17 +169,9 @@ def aligned(attended: Attended, queries: Stream, keys: Stream, *, cross: bool) -
             )
         attended = _cut(attended, keys.width)
         count = keys.width
-    past = 0 if cross else keys.width - queries.width
-    return Call(attended, queries, keys, cross, past, keys.width - count)
+    return Call(attended, queries, keys, cross, keys.width - count)
 
 
 def _cut(attended: Attended, count: int) -> Attended:
     k, v = (None if tensor is None else tensor[:, :, :count] for tensor in (attended.k, attended.v))
     return replace(attended, k=k, v=v, mask=attended.mask.first_keys(count))
-
-
-def _device(attended: Attended) -> torch.device:
-    tensor = attended.q if attended.q is not None else attended.weights
-    if tensor is None:
-        raise AttentionError("an attention call showed neither q and k nor weights")
-    return tensor.device

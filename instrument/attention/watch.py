@@ -17,7 +17,6 @@ from .masks import Readings
 
 OnAttended = Callable[[str, Attended], None]
 Hooks = tuple[nn.Module, Callable[..., None] | None, Callable[..., None] | None]
-TIERS = ("interface", "mha", "sdpa", "softmax")
 
 
 class Watch:
@@ -94,9 +93,7 @@ class Watch:
         self._readings = Readings()
 
     def _interface(self, module: nn.Module, call: dict[str, Any]) -> None:
-        path = self._paths.get(id(module))  # a deep copy of the model carries the observer, too
-        if path is not None:
-            self._report(path, interface.attended(call, self._readings))
+        self._report(self._paths[id(module)], interface.attended(call, self._readings))
 
     def _of_mha(self, path: str, own: nn.MultiheadAttention) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

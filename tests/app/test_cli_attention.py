@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import torch
 
 from tensortape.app import cli, edges, models
+from tensortape.instrument import Recorder, Site
 from tensortape.stores import open_run
 
 SOURCE = "import os\n\ndef path(name):\n    return os.path.join('a', name)\n"
@@ -96,10 +98,48 @@ def test_edges_of_a_layer_that_was_not_recorded(
 def test_edges_are_the_same_in_small_tiles(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     """The largest of all tiles, whatever their size."""
     attention = open_run(record(monkeypatch, text, "--attention", "qk")).attention(1)
-    whole = edges._largest(attention, 0, 6, [])
+    assert [edge[0] for edge in edges.largest(attention, 0, 6, tile_bytes=1)] == [
+        edge[0] for edge in edges.largest(attention, 0, 6)
+    ]
 
-    class Tiny:
-        def tiles(self, number: int):
-            return attention.tiles(number, tile_bytes=1)
 
-    assert [edge[:1] for edge in edges._largest(Tiny(), 0, 6, [])] == [edge[:1] for edge in whole]
+@pytest.mark.parametrize(
+    ("sites", "column"),
+    [
+        ("re:.*layers\\.1\\.mlp", "model.layers.1.mlp:out"),
+        ("resid_pre[2]", "model.layers.2:in"),
+        ("blocks.3.hook_resid_mid", "model.layers.3.post_attention_layernorm:in"),
+        ("**.layers.4.mlp:in", "model.layers.4.mlp:in"),
+    ],
+)
+def test_gradients_at_sites_however_they_are_named(monkeypatch: pytest.MonkeyPatch, text: Path, sites: str, column: str) -> None:
+    """The gradient goes beside each recorded site, at the port where that is."""
+    to = text.parent / "run.zarr"
+    assert call(monkeypatch, "record", "--model", "demo", "--text", text, "--to", to, "--sites", sites, "--gradients") == 0
+    run = open_run(to)
+    assert run[f"{column}.grad@loss"].shape == run[column].shape
+    assert np.abs(run[f"{column}.grad@loss"].rows()).max() > 0
+
+
+def test_attention_alone(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    """`--sites none` leaves the attention."""
+    to = text.parent / "run.zarr"
+    assert call(monkeypatch, "record", "--model", "demo", "--text", text, "--to", to, "--sites", "none", "--attention", "qk") == 0
+    assert {column.site["port"] for column in open_run(to).sites} == {"q", "k", "keys"}
+
+
+@pytest.mark.parametrize("store", ["qk", "weights"])
+def test_edges_of_cross_attention_name_tokens_of_both_sides(tmp_path: Path, store: str) -> None:
+    """Queries are the decoder's tokens, keys the encoder's; nothing is left out."""
+    with torch.no_grad(), Recorder(tiny.bart(), sites=Site("attention", store=store), to=tmp_path / "r.zarr") as recorder:  # noqa: SIM117
+        with recorder.batch(ids=list("abcde")):
+            recorder._model(**tiny.pair_batch())
+    run = open_run(tmp_path / "r.zarr")
+    site = next(name for name in run.attention_sites if name.endswith("0.encoder_attn"))
+    (found, *_) = edges.strongest(run, site, examples=1, most=3, tokenizer=None)
+    weights = run.attention(site)[0]
+    for edge in found["edges"]:
+        assert edge["weight"] == weights[edge["head"], edge["query"]["place"], edge["key"]["place"]]
+        assert edge["query"]["token"] == str(run["token.decoder/input_ids"][0][edge["query"]["place"]])
+        assert edge["key"]["token"] == str(run["token/input_ids"][0][edge["key"]["place"]])
+    assert found["edges"][0]["weight"] == weights.max()
