@@ -107,15 +107,40 @@ def head(
 
 
 @app.command()
-def verify(run: RunPath, as_json: AsJson = False) -> None:
+def verify(
+    run: RunPath,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at sizes only, and at everything that is not values.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Read everything a run holds and compare it with what was committed; exit code 1 if anything is damaged."""
     from dataclasses import asdict
 
     from tensortape.stores.verify import verify_run
 
-    found = verify_run(run)
+    found = verify_run(run, quick=quick)
     _print({**asdict(found), "ok": found.ok}, lambda _: [repr(found)[1:-1] if found.ok else repr(found)], as_json=as_json)
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def repair(run: RunPath, as_json: AsJson = False) -> None:
+    """Make a damaged run readable again: give up, by name, the examples whose values are damaged, and keep all others."""
+    from dataclasses import asdict
+
+    from tensortape.stores.repair import repair_run
+
+    from . import show
+
+    _print(asdict(repair_run(run)), show.repair_lines, as_json=as_json)
+
+
+@app.command()
+def gc(run: RunPath, as_json: AsJson = False) -> None:
+    """Remove what killed writers left behind; nothing that was committed, and nothing of a part that may have a writer."""
+    from tensortape.stores.leftovers import remove_leftovers
+
+    removed = remove_leftovers(run)
+    _print({"removed": removed}, lambda found: [*found["removed"], f"{len(found['removed'])} files removed"], as_json=as_json)
 
 
 @app.command()

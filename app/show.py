@@ -54,6 +54,17 @@ def info_lines(found: Json) -> Iterable[str]:
             yield f"  {column['name']:<44} {column['dtype']:<9} {shape:<16} {megabytes(column['bytes']):>10}{warning}"
 
 
+def repair_lines(found: Json) -> Iterable[str]:
+    """What a repair has done, for people."""
+    yield from (f"replaced {path}" for path in found["replaced"])
+    if found["withdrawn"]:
+        named = ", ".join(map(repr, found["withdrawn"][:20])) + (", ..." if len(found["withdrawn"]) > 20 else "")
+        yield f"{len(found['withdrawn'])} examples withdrawn: {named}; record them again with mode='resume'"
+    yield from (f"lost {path}: copy it back from another run of the same model" for path in found["lost"])
+    kept = f"; what was there before lies in {found['quarantine']}" if found["replaced"] else ""
+    yield f"{found['path']}: {len(found['replaced'])} objects replaced{kept}"
+
+
 def head(run: Run, *, examples: int, tokens: int, sites: list[str] | None, tokenizer: Any) -> list[Json]:
     """The first tokens of the first examples, with the norm of each site's row."""
     columns = run.select(sites) if sites else run.sites

@@ -23,6 +23,7 @@ from .batch import Batch
 from .differentiation import differentiate
 from .errors import BatchError
 from .modules import unwrapped
+from .provenance import vocabulary
 from .recorder import Recorder
 from .sites import Selection
 from .targets import Targets
@@ -51,6 +52,7 @@ def record(
     recompile: bool = False,
     progress: bool | None = None,
     targets: Targets | None = None,
+    session: str | None = None,
 ) -> Run:
     """Run a model over texts, or over a loader's batches, and record chosen sites.
 
@@ -71,7 +73,7 @@ def record(
             `<id>:<first token>` and the text's id in `example/document`.
         batch_tokens, batch_size: most positions, pads included, and most examples per batch of texts.
         keep_text: also store each example's text and each token's character span in it.
-        mode, durability, memory_budget, recompile: as for `Recorder`.
+        mode, durability, memory_budget, recompile, session: as for `Recorder`.
         progress: show a progress bar; by default on a terminal.
         targets: for sites with gradients: name to a function of (outputs, batch) that gives one value per example, [examples]. Each
             is summed and differentiated in a backward of its own, which leaves every `.grad` alone; gradients go to columns
@@ -85,7 +87,15 @@ def record(
     is_text = tokenizer is not None or _is_text(data)
     examples = _examples(data, tokenizer, ids, labels or {}, max_length, overflow) if is_text else iter(())
     recorder = Recorder(
-        model, sites=sites, to=to, mode=mode, durability=durability, memory_budget=memory_budget, recompile=recompile
+        model,
+        sites=sites,
+        to=to,
+        mode=mode,
+        durability=durability,
+        memory_budget=memory_budget,
+        recompile=recompile,
+        session=session,
+        fingerprint={"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {},
     )
     if recorder.has_gradients != bool(targets):
         raise ValueError(

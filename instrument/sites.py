@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,6 +120,13 @@ class Tap:
     def site(self) -> SiteName:
         """The site's name for the call asked for, or the first."""
         return self.name(self.call or 1)
+
+    @cached_property
+    def asked(self) -> str:
+        """What was asked for, in the words that recorded columns keep."""
+        plain = Site(self.options.pattern)
+        options = {name: value for name, value in vars(self.options).items() if value != getattr(plain, name)}
+        return json.dumps([self.path, self.port, self.call, self.cross, options], default=list)
 
     def covers(self, path: str, call: int) -> bool:
         """Whether an attention call of this module is one of those asked for."""

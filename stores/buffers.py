@@ -36,6 +36,11 @@ class RowBuffer:
         return self.rows % self.geometry.shard_rows
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of a whole shard: what the buffer takes once it has taken a row."""
+        return self.geometry.shard_rows * self.geometry.chunk_row_bytes * self.geometry.pieces
+
+    @property
     def held_bytes(self) -> int:
         """Bytes those rows take."""
         return self.held * self.geometry.chunk_row_bytes * self.geometry.pieces

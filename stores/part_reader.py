@@ -69,6 +69,24 @@ class ArrayReader:
             raise DamagedError(f"{self._path(number)}: no commit record names this shard")
         return self._part.cache.get(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
 
+    def shard_of(self, number: int, content: bytes) -> Shard:
+        """A shard as if its file held `content`."""
+        record = self._state.shards[number]
+        return Shard(content, self.geometry, record.rows, record.crcs)
+
+    def filled(self, rows: int) -> Array:
+        """Rows of the fill value."""
+        return np.full((rows, *self._schema.shape), dtypes.fill_value(self._schema.dtype), self.geometry.dtype)
+
+    def file_bytes(self, number: int) -> int:
+        """The size a shard's file has with just the committed rows."""
+        return self.geometry.file_bytes(self._state.shards[number].rows)
+
+    def check_size(self, number: int) -> None:
+        """DamagedError unless a shard's file is there and large enough, or just as large where it cannot have grown."""
+        record = self._state.shards[number]
+        self._part.cache.check_size(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
+
     def rows_in(self, number: int) -> tuple[int, int]:
         """First and one past the last committed row of a shard."""
         first = number * self.geometry.shard_rows
@@ -104,7 +122,8 @@ class ArrayReader:
             raise DamagedError(f"{self._path(number)}: chunk {chunk} does not hold the bytes that were committed{affected}")
 
     def _sealed(self, rows: int) -> bool:
-        return self._part.state.closed or rows == self.geometry.shard_rows
+        # The tail of a part that was sealed may have been replaced by a longer one: its writer need not have been gone.
+        return self._part.state.kind in ("closed", "repaired") or rows == self.geometry.shard_rows
 
     def _path(self, number: int) -> str:
         return shard_path(self._part.state.name, self._schema.path, number, len(self._schema.shape) + 1)
@@ -139,45 +158,94 @@ class PartReader:
     def gather(self, column: ColumnSchema, rows: Array) -> Array:
         """Rows of a column by number, in any order."""
         if column.dtype == TEXT:
-            texts: Array = self._text(column, int(rows.min()), int(rows.max()) + 1)[rows - rows.min()]
-            return texts
+            return self._texts(column, rows)
         return dtypes.from_stored(self.array(column.arrays["values"]).gather(rows), column.dtype)
 
+    @cached_property
+    def kept(self) -> Array:
+        """Numbers of the part's examples that no repair has withdrawn; int64."""
+        kept = np.ones(self.state.examples, bool)
+        for first, count in self.state.withdrawn:
+            kept[first : first + count] = False
+        return np.flatnonzero(kept)
+
     def keys(self) -> tuple[list[Any], list[str], list[int]]:
-        """ids, phases and steps of all examples."""
+        """ids, phases and steps of the kept examples."""
         names = ("example/id", "example/phase", "example/step")
-        ids, phases, steps = (self.slice(self.state.columns[name], 0, self.state.examples).tolist() for name in names)
+        ids, phases, steps = (self._of_kept(self.state.columns[name]).tolist() for name in names)
         return ids, phases, steps
 
     def bounds(self, table: str) -> tuple[Array, Array]:
-        """First row and number of rows of every example in a ragged table; int64 each."""
+        """First row and number of rows of every kept example in a ragged table; int64 each."""
         if table not in self._bounds:
             columns = (self.state.columns[f"example/{kind}.{table}"] for kind in ("start", "length"))
-            start, length = (self.slice(column, 0, self.state.examples) for column in columns)
+            start, length = map(self._of_kept, columns)
             self._bounds[table] = start, length
         return self._bounds[table]
 
     def examples_in(self, path: str, start: int, stop: int) -> str:
-        """Which examples own rows of an array, for a message; empty where that cannot be told."""
+        """Which examples own rows of an array, for a message."""
         found = self.examples_of(path, start, stop)
-        if found is None:
+        if not len(found):
             return f" (rows {start} to {stop - 1} of this array)"
-        first, last = found
-        ids = self.slice(self.state.columns["example/id"], first, last + 1)
-        return f" (examples {ids[0]!r} to {ids[-1]!r})"
+        ids = None if self._owner[path][0].name == "example/id" else self.ids_of(found)
+        if ids is None:
+            return f" (examples number {found[0]} to {found[-1]} of the part)"
+        return f" (examples {ids[0]!r} to {ids[1]!r})"
 
-    def examples_of(self, path: str, start: int, stop: int) -> tuple[int, int] | None:
-        """First and last example (by number in the part) that own rows [start, stop) of the array at `path`."""
-        column = self._owner[path]
-        if column.table == "example" or path.endswith("/utf8"):
-            return None  # the example table itself is damaged, ids perhaps included; and bytes of text are not rows
-        begin, length = self.bounds(column.table)
-        touched = np.flatnonzero((begin < stop) & (begin + length > start))
-        return (int(touched[0]), int(touched[-1])) if len(touched) else None
+    def ids_of(self, examples: Array) -> tuple[str | int, str | int] | None:
+        """The ids of the first and the last of some of the part's examples; None where they are damaged too."""
+        try:
+            first, last = self.gather(self.state.columns["example/id"], examples[[0, -1]]).tolist()
+        except (DamagedError, UnicodeDecodeError):
+            return None
+        return first, last
+
+    def examples_of(self, path: str, start: int, stop: int) -> Array:
+        """The kept examples (by number in the part) that rows [start, stop) of the array at `path` belong to; int64, sorted.
+
+        None where what would tell is damaged itself.
+        """
+        column, role = self._owner[path]
+        try:
+            start, stop = self._rows_of_text(column, role, start, stop)
+            begin, length = (self.kept, 1) if column.table == "example" else self.bounds(column.table)
+        except DamagedError:
+            return self.kept[:0]
+        return self.kept[(begin < stop) & (begin + length > start)]
+
+    def _rows_of_text(self, column: ColumnSchema, role: str, start: int, stop: int) -> tuple[int, int]:
+        """The rows of a column that depend on elements [start, stop) of one of its arrays."""
+        if role == "end":
+            return start, stop + 1  # a text begins where the one before it ends
+        if role != "utf8":
+            return start, stop
+        array = self.array(column.arrays["end"])
+        ends = array.slice(0, array.rows)
+        begins = np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
+        rows = np.flatnonzero((begins < stop) & (ends > start))
+        return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
+    def _of_kept(self, column: ColumnSchema) -> Array:
+        """A column of the example table, without withdrawn examples."""
+        if len(self.kept) == self.state.examples:
+            return self.slice(column, 0, self.state.examples)
+        return self.gather(column, self.kept) if len(self.kept) else self.slice(column, 0, 0)
 
     @cached_property
-    def _owner(self) -> dict[str, ColumnSchema]:
-        return {array.path: column for column in self.state.columns.values() for array in column.arrays.values()}
+    def _owner(self) -> dict[str, tuple[ColumnSchema, str]]:
+        columns = self.state.columns.values()
+        return {array.path: (column, role) for column in columns for role, array in column.arrays.items()}
+
+    def _texts(self, column: ColumnSchema, rows: Array) -> Array:
+        """Texts by number; nothing between them is decoded."""
+        ends = self.array(column.arrays["end"])
+        stop, start = ends.gather(rows), np.where(rows > 0, ends.gather(np.maximum(rows - 1, 0)), 0)
+        first = int(start.min())
+        utf8: bytes = self.array(column.arrays["utf8"]).slice(first, int(stop.max())).tobytes()
+        texts = np.empty(len(rows), object)
+        texts[:] = [utf8[a:b].decode() for a, b in zip((start - first).tolist(), (stop - first).tolist(), strict=True)]
+        return texts
 
     def _text(self, column: ColumnSchema, start: int, stop: int) -> Array:
         ends = self.array(column.arrays["end"]).slice(max(start - 1, 0), stop)

@@ -267,9 +267,9 @@ class Run:
         self._load()
         return self[name]
 
-    def verify(self) -> Verification:
-        """Read every committed byte and compare it with its commit record."""
-        return verify_run(self.path)
+    def verify(self, *, quick: bool = False) -> Verification:
+        """Read every committed byte (`quick`: look at sizes only) and compare it with its commit record."""
+        return verify_run(self.path, quick=quick)
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one."""

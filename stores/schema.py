@@ -146,10 +146,11 @@ class RunDocument:
     provenance: Json = field(default_factory=dict)
     fingerprint: Json = field(default_factory=dict)
     policy: Json = field(default_factory=dict)
+    session: str = ""  # the one that began it
 
     def to_attributes(self) -> Json:
         """Attributes of the root group."""
-        body = {"uid": self.uid, "model": self.model, "provenance": self.provenance}
+        body = {"uid": self.uid, "session": self.session, "model": self.model, "provenance": self.provenance}
         return {FORMAT: {"version": VERSION, **body, "fingerprint": self.fingerprint, "policy": self.policy}}
 
     @classmethod
@@ -158,14 +159,15 @@ class RunDocument:
         document = _ours(attributes, where)
         _check_version(document, where)
         try:
-            return cls(*(document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")))
+            needed = {key: document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")}
+            return cls(**needed, session=document.get("session", ""))
         except KeyError as error:
             raise DamagedError(f"{where}: the run document has no {error}") from None
 
 
 @dataclass(frozen=True)
 class PartDocument:
-    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`."""
+    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`; `nonce` is the writer's alone."""
 
     run: str
     session: str
@@ -174,6 +176,7 @@ class PartDocument:
     world_size: int = 1
     from_step: int | None = None
     writer: str = ""
+    nonce: str = ""
 
     def to_attributes(self) -> Json:
         """Attributes of the part's group."""

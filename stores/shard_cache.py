@@ -36,7 +36,8 @@ class ShardCache:
             self._open.move_to_end(path)
             return held[1]
 
-    def _load(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> Shard:
+    def check_size(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> None:
+        """DamagedError if the file at `path` cannot hold what was committed."""
         try:
             size = self._place.size(path)
         except FileNotFoundError:
@@ -45,4 +46,7 @@ class ShardCache:
         # The tail of a part that is still being written may have grown since; a sealed shard never does.
         if size < needed or (sealed and size != needed):
             raise DamagedError(f"{path}: the shard has {size} bytes instead of {needed}")
+
+    def _load(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> Shard:
+        self.check_size(path, geometry, record, sealed=sealed)
         return Shard(self._place.view(path, stays=sealed), geometry, record.rows, record.crcs, verify=self._verify)
