@@ -87,7 +87,7 @@ class Holdings:
 def holdings(place: Place, run: str) -> Holdings:
     """Everything committed so far, by all parts."""
     found, kinds = KeySet(), dict[str, tuple[str, tuple[int, ...]]]()
-    cache = ShardCache(place, verify=True)
+    cache = ShardCache(place, run, verify=True)
     for part in read_parts(place, run):
         kinds.update({name: (column.dtype, column.shape) for name, column in part.columns.items()})
         found.add(map(keys.digest, *PartReader(part, cache).keys()))

@@ -55,7 +55,7 @@ def verify_run(path: Path) -> Verification:
     """Read every committed byte of a run and compare; damage of any kind is listed, not raised."""
     place = LocalPlace(path)
     uid = runs.read_document(place, path).uid
-    checks = _Checks(place)
+    checks = _Checks(place, uid)
     checks.groups_above()
     for name in claimed_parts(place):
         checks.part(uid, name)
@@ -69,9 +69,9 @@ def _path_in(error: Exception, otherwise: str) -> str:
 
 
 class _Checks:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, run: str) -> None:
         self._place = place
-        self._cache = ShardCache(place, verify=True)
+        self._cache = ShardCache(place, run, verify=True)
         self.shards = 0
         self.nbytes = 0
         self.damaged: list[Damage] = []
