@@ -16,8 +16,10 @@ from .part_reader import PartReader
 from .schema import ColumnSchema, Json
 
 if TYPE_CHECKING:
+    import dask.array
     import pandas as pd
     import torch
+    import xarray
 
 
 class Column:
@@ -127,7 +129,7 @@ class Column:
             yield self._contiguous(start, min(start + rows, len(self)))
 
     def edges(self, unit: Literal["chunk", "shard"]) -> Array:
-        """First rows of the stretches that lie in one chunk (or shard) of one part each, and at the end the number of rows; int64."""
+        """First rows of the stretches that lie in one chunk (or shard) of one part each, then the number of rows; int64."""
         first, part, begin = self._segments
         size = self._unit_rows(unit)[part]
         before = begin // size
@@ -142,6 +144,18 @@ class Column:
         if self._schema.dtype == TEXT:
             raise SchemaError(f"column {self.name!r} is text, which torch has no dtype for")
         return dtypes.to_torch(self.rows(), self._schema.dtype)
+
+    def to_dask(self) -> dask.array.Array:
+        """All rows as a dask array, read where they are computed; its blocks are whole shards. Needs the extra `dask`."""
+        from .lazy_arrays import to_dask
+
+        return to_dask(self)
+
+    def to_xarray(self) -> xarray.DataArray:
+        """The same as a DataArray with the column's axes; `example` numbers each row's example. Needs the extra `xarray`."""
+        from .lazy_arrays import to_xarray
+
+        return to_xarray(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         rows: Array = self.rows()
