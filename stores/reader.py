@@ -202,7 +202,7 @@ class Run:
         >>> [batch.shape for batch in batches], batches.epoch
         ([(4, 3), (4, 3), (3, 3)], 1)
         """
-        columns = [self[sites]] if isinstance(sites, str) else self._columns(sites)
+        columns = [self[sites]] if isinstance(sites, str) else self.columns(sites)
         return Batches(
             self.uid,
             columns,
@@ -215,9 +215,44 @@ class Run:
             examples=examples,
         )
 
-    def _columns(self, chosen: Sequence[str]) -> list[Column]:
-        """Columns by full name, by pattern or reduced, each once."""
-        found = [column for text in chosen for column in ([self[text]] if "/" in text or "|" in text else self.select(text))]
+    def export(
+        self,
+        to: str | os.PathLike[str],
+        format: Literal["safetensors", "npy", "sae-lens"] = "safetensors",
+        *,
+        sites: str | Sequence[str] | None = None,
+        rows_per_file: int | None = None,
+        context_size: int | None = None,
+    ) -> Path:
+        """Write columns into a new folder, for tools that do not read runs; the folder appears when all of it is written.
+
+        Args:
+            to: the folder.
+            format: `safetensors` (bfloat16 as it is) or `npy` (one file per column; bfloat16 as uint16), with an `index.json` that
+                says which rows of which column are where and an `examples.jsonl` that says whose they are; or `sae-lens`, the
+                Hugging Face dataset that SAELens reads in place of a model (extra `datasets`).
+            sites: names or patterns; if not given, all columns that hold numbers.
+            rows_per_file: most rows per file; files of 256 MiB if not given (of `sae-lens`, 500 MB).
+            context_size: of `sae-lens`, cut the rows of all examples into sequences of that many; needed where lengths differ.
+
+        Raises:
+            OutputExistsError; UnknownColumnError; SchemaError for columns the format cannot hold.
+
+        >>> from tensortape.stores import RunWriter
+        >>> with RunWriter("export.zarr") as writer:
+        ...     writer.append(ids=[1], columns={"token/h": [np.ones((5, 3), np.float32)]})
+        >>> folder = open_run("export.zarr").export("files", "npy")
+        >>> np.load(folder / "token" / "h.npy").shape
+        (5, 3)
+        """
+        from .exports import export
+
+        return export(self, to, format, sites=sites, rows_per_file=rows_per_file, context_size=context_size)
+
+    def columns(self, names: str | Sequence[str]) -> list[Column]:
+        """Columns by full name, by pattern (as for `select`), or reduced (`<name>|mean`); each once, in the order asked for."""
+        texts = [names] if isinstance(names, str) else names
+        found = [column for text in texts for column in ([self[text]] if "/" in text or "|" in text else self.select(text))]
         return list({column.name: column for column in found}.values())
 
     def aliases(self, column: Column) -> list[Alias]:
