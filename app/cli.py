@@ -144,6 +144,31 @@ def gc(run: RunPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def export(
+    run: RunPath,
+    to: Annotated[Path, typer.Option(help="The folder to write, a new one.")],
+    format: Annotated[str, typer.Option(help="safetensors, npy, or sae-lens (a Hugging Face dataset).")] = "safetensors",
+    sites: Annotated[list[str] | None, typer.Option(help="Which sites or columns; all numbers by default.")] = None,
+    rows_per_file: Annotated[int | None, typer.Option(help="Most rows per file.")] = None,
+    context_size: Annotated[int | None, typer.Option(help="For sae-lens: rows per sequence.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write columns of a run as files for other tools."""
+    from tensortape.stores import open_run
+
+    from . import show
+
+    folder = open_run(run).export(
+        to,
+        format,  # type: ignore[arg-type]
+        sites=sites,
+        rows_per_file=rows_per_file,
+        context_size=context_size,
+    )
+    _print(show.exported(folder), show.exported_lines, as_json=as_json)
+
+
+@app.command()
 def demo(
     to: Annotated[Path, typer.Option(help="Folder for the run, the table and the plot.")] = Path("demo"),
     files: Annotated[int, typer.Option(help="How many files of the standard library.")] = 30,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,18 @@ def head_lines(found: list[Json], most: int = 8) -> Iterable[str]:
         for place, token in enumerate(example["tokens"]):
             norms = "".join(f"{example['norms'][site][place]:>10.3f}" for site in sites)
             yield f"  {place:>4} {printable(token):<20}{norms}"
+
+
+def exported(folder: Path) -> Json:
+    """The files of an export."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {"path": str(folder), "bytes": sum(sizes.values()), "files": sizes}
+
+
+def exported_lines(found: Json) -> Iterable[str]:
+    """The same for people."""
+    yield f"{found['path']}: {len(found['files'])} files, {megabytes(found['bytes'])}"
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from .part_reader import PartReader
 from .schema import ColumnSchema, Json
 
 if TYPE_CHECKING:
+    import dask.array
     import pandas as pd
     import torch
+    import xarray
 
 
 class Column:
@@ -38,6 +40,11 @@ class Column:
     def shape(self) -> tuple[int, ...]:
         """(rows, *feature)."""
         return (len(self), *self._schema.shape)
+
+    @property
+    def table(self) -> str:
+        """The table whose rows it has values on."""
+        return self._schema.table
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -65,6 +72,11 @@ class Column:
         return self._places.part >= 0
 
     @property
+    def lengths(self) -> Array:
+        """Rows of each example of the run, -1 for one that has no value; int64."""
+        return np.where(self.present, self._places.length, -1)
+
+    @property
     def paths(self) -> list[str]:
         """The Zarr arrays of the values (of the UTF-8 bytes, for text), one per part, relative to the run's root."""
         return self.role_paths["utf8" if self._schema.dtype == TEXT else "values"]
@@ -79,7 +91,7 @@ class Column:
         return found
 
     def __len__(self) -> int:
-        return int(self._places.length[self.present].sum())
+        return self._count
 
     @overload
     def __getitem__(self, example: int) -> Any: ...
@@ -116,11 +128,34 @@ class Column:
         for start in range(0, len(self), rows):
             yield self._contiguous(start, min(start + rows, len(self)))
 
+    def edges(self, unit: Literal["chunk", "shard"]) -> Array:
+        """First rows of the stretches that lie in one chunk (or shard) of one part each, then the number of rows; int64."""
+        first, part, begin = self._segments
+        size = self._unit_rows(unit)[part]
+        before = begin // size
+        count = (begin + np.diff(first, append=len(self)) - 1) // size - before + 1
+        segment = np.repeat(np.arange(len(first)), count)
+        number = np.arange(len(segment)) - np.repeat(np.cumsum(count) - count, count) + before[segment]
+        starts = np.maximum(number * size[segment], begin[segment]) - begin[segment] + first[segment]
+        return np.append(starts, len(self))
+
     def to_torch(self) -> torch.Tensor:
         """All rows as one tensor in memory; bfloat16 as torch.bfloat16."""
         if self._schema.dtype == TEXT:
             raise SchemaError(f"column {self.name!r} is text, which torch has no dtype for")
         return dtypes.to_torch(self.rows(), self._schema.dtype)
+
+    def to_dask(self) -> dask.array.Array:
+        """All rows as a dask array, read where they are computed; its blocks are whole shards. Needs the extra `dask`."""
+        from .lazy_arrays import to_dask
+
+        return to_dask(self)
+
+    def to_xarray(self) -> xarray.DataArray:
+        """The same as a DataArray with the column's axes; `example` numbers each row's example. Needs the extra `xarray`."""
+        from .lazy_arrays import to_xarray
+
+        return to_xarray(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         rows: Array = self.rows()
@@ -142,6 +177,20 @@ class Column:
         return self._index.places(self.name)
 
     @cached_property
+    def _count(self) -> int:
+        return int(self._places.length[self.present].sum())
+
+    def _unit_rows(self, unit: Literal["chunk", "shard"]) -> Array:
+        """Rows of a chunk, or a shard, in each part of the run; 1 where the part does not hold the column."""
+        rows = np.ones(len(self._parts), np.int64)
+        for number, part in enumerate(self._parts):
+            if part in self._holders:
+                arrays = self._column_of(number).arrays
+                grid = arrays["end" if "end" in arrays else "values"].grid
+                rows[number] = (grid.chunk if unit == "chunk" else grid.shard)[0]
+        return rows
+
+    @cached_property
     def _segments(self) -> tuple[Array, Array, Array]:
         """Runs of rows that lie together: (first row of the column, part, first row in the part), sorted."""
         chosen = self.present & (self._places.length > 0)
@@ -160,12 +209,12 @@ class Column:
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         first, part, begin = self._segments
         for at in range(int(np.searchsorted(first, start, "right")) - 1, len(first)) if stop > start else ():
-            end = int(first[at + 1]) if at + 1 < len(first) else len(self)
-            if int(first[at]) >= stop:
+            end = first.item(at + 1) if at + 1 < len(first) else len(self)
+            if first.item(at) >= stop:
                 return
-            a, b = max(start, int(first[at])), min(stop, end)
-            offset = int(begin[at]) - int(first[at])
-            yield int(part[at]), a + offset, b + offset
+            a, b = max(start, first.item(at)), min(stop, end)
+            offset = begin.item(at) - first.item(at)
+            yield part.item(at), a + offset, b + offset
 
     def _gather(self, rows: Array) -> Array:
         first, part, begin = self._segments

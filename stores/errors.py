@@ -2,6 +2,7 @@
 
 StoreError
 ├── RunExistsError (FileExistsError)      a run is already there
+├── OutputExistsError (FileExistsError)   something is where an export should go
 ├── NotARunError (FileNotFoundError)      the path holds no run
 ├── FormatVersionError (ValueError)       written by a newer version
 ├── DamagedError (OSError)                bytes on disk are not the bytes that were committed
@@ -23,6 +24,10 @@ class StoreError(Exception):
 
 class RunExistsError(StoreError, FileExistsError):
     """A run is already there and the mode does not allow to touch it."""
+
+
+class OutputExistsError(StoreError, FileExistsError):
+    """Something is already where an export should go."""
 
 
 class NotARunError(StoreError, FileNotFoundError):

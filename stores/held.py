@@ -59,7 +59,7 @@ class Holdings:
 def holdings(place: Place, run: str) -> Holdings:
     """Everything committed so far, by all parts."""
     held, columns = Held(), dict[str, ColumnSchema]()
-    cache = ShardCache(place, verify=True)
+    cache = ShardCache(place, run, verify=True)
     for part in read_parts(place, run):
         columns.update(part.columns)
         held.add(part.columns, map(keys.digest, *PartReader(part, cache).keys()))
@@ -70,7 +70,7 @@ class Lengths:
     """How many rows the examples of a run have in its ragged tables."""
 
     def __init__(self, place: Place, run: str) -> None:
-        cache = ShardCache(place, verify=True)
+        cache = ShardCache(place, run, verify=True)
         self._index = Index([PartReader(part, cache) for part in read_parts(place, run)])
         every = zip(*(column.tolist() for column in self._index.keys), strict=True)
         self._numbers = {keys.digest(*key): number for number, key in enumerate(every)}

@@ -28,6 +28,9 @@ class Index:
     def __init__(self, parts: list[PartReader]) -> None:
         self._parts = parts
 
+    def __getstate__(self) -> dict[str, list[PartReader]]:
+        return {"_parts": self._parts}  # all else is soon found again, and would make every pickle as long as the run has examples
+
     @cached_property
     def numbers(self) -> list[Array]:
         """For each part the run's number of each of its examples; int64."""

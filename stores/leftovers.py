@@ -46,7 +46,7 @@ def _folders(place: Place, folder: str) -> list[str]:
 
 def _uncommitted(place: Place, part: PartState) -> list[str]:
     """Shards that no record of a closed part names."""
-    reader = PartReader(part, ShardCache(place, verify=False))
+    reader = PartReader(part, ShardCache(place, part.document.run, verify=False))
     found: list[str] = []
     for column in part.columns.values():
         for role in column.arrays.values():

@@ -35,7 +35,7 @@ def wounds(place: Place, part: PartState) -> list[Wound]:
     """
     columns = sorted(part.columns.values(), key=lambda column: column.table != "example")
     arrays = [role for column in columns for role in sorted(column.arrays.values(), key=lambda role: role.name)]
-    reader = PartReader(part, ShardCache(place, verify=True))
+    reader = PartReader(part, ShardCache(place, part.document.run, verify=True))
     return [wound for array in arrays for wound in _wounds(place, reader.array(array), array)]
 
 
@@ -54,7 +54,7 @@ class Mending:
 
     def mend(self, wound: Wound) -> None:
         """Replace a shard by what is left of it, and withdraw the examples of the rest."""
-        reader = PartReader(self._part, ShardCache(self._place, verify=True))
+        reader = PartReader(self._part, ShardCache(self._place, self._part.document.run, verify=True))
         array = reader.array(wound.array)
         shard = _as_far_as_there(self._place, array, wound.number, wound.path)
         first, last = array.rows_in(wound.number)

@@ -147,7 +147,9 @@ class PartReader:
 
     def array(self, schema: ArraySchema) -> ArrayReader:
         """One array of one of the part's columns."""
-        return self._arrays.setdefault(schema.path, ArrayReader(self, schema))
+        if schema.path not in self._arrays:
+            self._arrays[schema.path] = ArrayReader(self, schema)
+        return self._arrays[schema.path]
 
     def slice(self, column: ColumnSchema, start: int, stop: int) -> Array:
         """Rows [start, stop) of a column in its logical dtype; text as an object array of strings."""

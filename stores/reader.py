@@ -12,6 +12,7 @@ import numpy as np
 
 from . import extension, names, runs, selection
 from .attention import Attention, Chosen, Part, Recorded, Saliency, find
+from .batches import Batches
 from .columns import Column, Table
 from .dtypes import Array
 from .errors import AttentionNotRecordedError, GradientError, NotARunError, UnknownColumnError
@@ -72,7 +73,7 @@ class Run:
         self._load()
 
     def _load(self) -> None:
-        cache = ShardCache(self._place, verify=self._verify)
+        cache = ShardCache(self._place, self.uid, verify=self._verify)
         self._parts = [PartReader(state, cache) for state in read_parts(self._place, self._document.uid)]
         self._index = Index(self._parts)
         self.__dict__.pop("tables", None)
@@ -167,6 +168,92 @@ class Run:
     def select(self, pattern: str | Sequence[str]) -> list[Column]:
         """Columns of recorded sites that a pattern, or any of several, selects, in order; UnknownColumnError if none does."""
         return selection.select(self.sites, [pattern] if isinstance(pattern, str) else list(pattern))
+
+    def batches(
+        self,
+        sites: str | Sequence[str],
+        batch_rows: int = 4096,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        buffer_rows: int | None = None,
+        drop_last: bool = False,
+        examples: Any = None,
+    ) -> Batches:
+        """Batches for training: an epoch is every row, of the examples that have all the columns, once.
+
+        Args:
+            sites: one name or pattern, as `run[...]` takes it, gives arrays [batch_rows, *feature]; a list of them, of one table,
+                gives dicts of such arrays by column name.
+            batch_rows: rows per batch; the last one of an epoch has what is left.
+            shuffle: blocks of rows, a chunk each, come in random order into a buffer and are mixed there; else rows come in order.
+            seed: the order depends on it, the epoch and what is asked of the run; not on who reads, or with how many workers.
+            buffer_rows: about how many rows are mixed at a time, and held in memory; 16 batches if not given.
+            drop_last: leave out a last batch that is short.
+            examples: numbers of examples (as of `where`), or a mask over them; all if not given.
+
+        Raises:
+            UnknownColumnError, MissingExampleError (no rows), SchemaError (columns of several tables; text; no whole batch).
+
+        >>> from tensortape.stores import RunWriter
+        >>> with RunWriter("batches.zarr") as writer:
+        ...     writer.append(ids=["a", "b"], columns={"token/h": [np.ones((5, 3)), np.zeros((6, 3))]})
+        >>> batches = open_run("batches.zarr").batches("token/h", batch_rows=4, seed=1)
+        >>> [batch.shape for batch in batches], batches.epoch
+        ([(4, 3), (4, 3), (3, 3)], 1)
+        """
+        columns = [self[sites]] if isinstance(sites, str) else self.columns(sites)
+        return Batches(
+            self.uid,
+            columns,
+            single=isinstance(sites, str),
+            batch_rows=batch_rows,
+            shuffle=shuffle,
+            seed=seed,
+            buffer_rows=buffer_rows,
+            drop_last=drop_last,
+            examples=examples,
+        )
+
+    def export(
+        self,
+        to: str | os.PathLike[str],
+        format: Literal["safetensors", "npy", "sae-lens"] = "safetensors",
+        *,
+        sites: str | Sequence[str] | None = None,
+        rows_per_file: int | None = None,
+        context_size: int | None = None,
+    ) -> Path:
+        """Write columns into a new folder, for tools that do not read runs; the folder appears when all of it is written.
+
+        Args:
+            to: the folder.
+            format: `safetensors` (bfloat16 as it is) or `npy` (one file per column; bfloat16 as uint16), with an `index.json` that
+                says which rows of which column are where and an `examples.jsonl` that says whose they are; or `sae-lens`, the
+                Hugging Face dataset that SAELens reads in place of a model (extra `datasets`).
+            sites: names or patterns; if not given, all columns that hold numbers.
+            rows_per_file: most rows per file; files of 256 MiB if not given (of `sae-lens`, 500 MB).
+            context_size: of `sae-lens`, cut the rows of all examples into sequences of that many; needed where lengths differ.
+
+        Raises:
+            OutputExistsError; UnknownColumnError; SchemaError for columns the format cannot hold.
+
+        >>> from tensortape.stores import RunWriter
+        >>> with RunWriter("export.zarr") as writer:
+        ...     writer.append(ids=[1], columns={"token/h": [np.ones((5, 3), np.float32)]})
+        >>> folder = open_run("export.zarr").export("files", "npy")
+        >>> np.load(folder / "token" / "h.npy").shape
+        (5, 3)
+        """
+        from .exports import export
+
+        return export(self, to, format, sites=sites, rows_per_file=rows_per_file, context_size=context_size)
+
+    def columns(self, names: str | Sequence[str]) -> list[Column]:
+        """Columns by full name, by pattern (as for `select`), or reduced (`<name>|mean`); each once, in the order asked for."""
+        texts = [names] if isinstance(names, str) else names
+        found = [column for text in texts for column in ([self[text]] if "/" in text or "|" in text else self.select(text))]
+        return list({column.name: column for column in found}.values())
 
     def aliases(self, column: Column) -> list[Alias]:
         """What a recorded site is in every architecture (`resid_post` of layer 3 of 12, say)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,16 @@ class ReducedColumn(Column):
     def shape(self) -> tuple[int, ...]:
         """(examples, *feature)."""
         return (len(self), *self._whole.shape[1:])
+
+    @property
+    def table(self) -> str:
+        """Its rows are examples."""
+        return "example"
+
+    @property
+    def lengths(self) -> Array:
+        """1 for each example that has tokens recorded, else -1."""
+        return np.where(self.present, 1, -1)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -93,6 +103,12 @@ class ReducedColumn(Column):
         """All rows in order, at most `rows` at a time."""
         for start in range(0, len(self), rows):
             yield self.rows(slice(start, start + rows))
+
+    def edges(self, unit: Literal["chunk", "shard"]) -> Array:
+        """An example lies where its first token does."""
+        lengths = self._whole.lengths[self.present]
+        begun = np.searchsorted(np.cumsum(lengths) - lengths, self._whole.edges(unit))
+        return np.unique(np.concatenate([[0], begun, [len(self)]]))
 
     def __len__(self) -> int:
         return int(self.present.sum())

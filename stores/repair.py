@@ -157,7 +157,7 @@ class _Repairs:
 
 def _names_of(place: Place, part: PartState, mending: Mending) -> list[str | int]:
     """Ids of the examples given up; where an id itself was damaged, what number of the part it is."""
-    reader = PartReader(replace(part, withdrawn=()), ShardCache(place, verify=True))
+    reader = PartReader(replace(part, withdrawn=()), ShardCache(place, part.document.run, verify=True))
     named = sorted(mending.withdrawn - mending.nameless)
     ids = [reader.ids_of(np.array([number])) for number in named]
     nameless = [f"number {number} of {part.name}" for number in sorted(mending.nameless)]

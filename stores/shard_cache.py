@@ -5,20 +5,28 @@ from __future__ import annotations
 import resource
 import threading
 from collections import OrderedDict
+from typing import Any
 
 from .commits import ShardRecord
-from .errors import DamagedError
+from .errors import DamagedError, NotARunError
+from .part_state import attributes
 from .places import Place
+from .schema import RunDocument
 from .shards import Geometry, Shard
 
 MOST = 1024
 
 
 class ShardCache:
-    """Opens shards once and keeps at most a quarter of the open-file limit."""
+    """Opens shards of one run once and keeps at most a quarter of the open-file limit.
 
-    def __init__(self, place: Place, *, verify: bool) -> None:
+    It may be pickled: what is open stays behind, and the run is looked for again where it was. So may everything that reads
+    through it, and shows the same snapshot elsewhere.
+    """
+
+    def __init__(self, place: Place, run: str, *, verify: bool) -> None:
         self._place = place
+        self._run = run
         self._verify = verify
         self._open: OrderedDict[str, tuple[ShardRecord, Shard]] = OrderedDict()
         self._most = min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
@@ -35,6 +43,24 @@ class ShardCache:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)
             return held[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self._place, "run": self._run, "verify": self._verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ShardCache.__init__(self, **state)
+        self._check_is_the_run()
+
+    def _check_is_the_run(self) -> None:
+        try:
+            found = RunDocument.from_attributes(attributes(self._place.read("zarr.json"), "zarr.json"), "zarr.json").uid
+        except FileNotFoundError:
+            found = "none"
+        if found != self._run:
+            raise NotARunError(
+                f"the run {self._run} that was pickled is no longer where it was (there is now: {found}); it was moved, deleted or "
+                "overwritten, so open it again"
+            )
 
     def check_size(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> None:
         """DamagedError if the file at `path` cannot hold what was committed."""

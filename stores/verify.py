@@ -89,7 +89,6 @@ class _Checks:
     def __init__(self, place: Place, *, quick: bool) -> None:
         self._place = place
         self._quick = quick
-        self._cache = ShardCache(place, verify=True)
         self.shards = 0
         self.nbytes = 0
         self.damaged: list[Damage] = []
@@ -124,7 +123,7 @@ class _Checks:
             self.unfinished.append(f"{commits.end_path(name)}: missing, though the part was closed; a resumed recording writes it")
         self._statements(state)
         self._lists(state)
-        reader = PartReader(state, self._cache)
+        reader = PartReader(state, ShardCache(self._place, run, verify=True))
         self._groups(name, state)
         for column in state.columns.values():
             for role in column.arrays.values():

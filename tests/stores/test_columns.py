@@ -59,6 +59,20 @@ def test_a_column_reads_like_a_plain_array(tmp_path_factory, feature, sessions, 
     assert same_bits(np.concatenate([every[:0], *blocks]), every)
 
 
+@settings(deadline=None, max_examples=20)
+@given(sessions, seeds)
+def test_edges_are_where_a_chunk_a_shard_or_a_part_begins(tmp_path_factory, sessions, seed):
+    """Chunks of 8 rows and shards of 32, counted within each part."""
+    run, _ = written(tmp_path_factory.mktemp("edges") / "run.zarr", Feature("token/h", "float32", (8,)), sessions, seed)
+    for unit, size in (("chunk", 8), ("shard", 32)):
+        expected, row = set(), 0
+        for lengths in sessions:
+            expected |= set(range(row, row + sum(lengths), size))
+            row += sum(lengths)
+        assert run["token/h"].edges(unit).tolist() == sorted(expected | {row})
+    assert run["token/h"].lengths.tolist() == [length for lengths in sessions for length in lengths]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """Two parts: token rows 0 to 29 in examples of 7, 0, 13 and then 10, chunks of 8 rows, shards of 32."""
