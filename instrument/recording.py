@@ -26,7 +26,7 @@ from .modules import unwrapped
 from .recorder import Recorder
 from .sites import Selection
 from .targets import Targets
-from .texts import Example, Overflow, batches, pad_id, padded, tokenized
+from .texts import Example, Overflow, batches, labels_of, pad_id, padded, tokenized
 
 BATCH_TOKENS = 4096
 
@@ -163,21 +163,11 @@ def _record_texts(
     with _bar(progress, "token") as bar:
         for group in groups:
             given: Any = "content" if isinstance(ids, str) else [example.id for example in group]
-            with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
+            with recorder.batch(ids=given, labels=labels_of(group, keep_text=keep_text)) as batch:
                 if batch.recorded:
                     inputs = padded(group, pad, device)
                     _forward(recorder, batch, model, inputs, targets, inputs)
             bar.update(sum(len(example.tokens) for example in group))
-
-
-def _labels(group: list[Example], *, keep_text: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {name: [example.labels[name] for example in group] for name in group[0].labels}
-    if keep_text:
-        found["example/text"] = [example.text for example in group]
-        if all(example.offsets is not None for example in group):
-            offsets = [torch.tensor(example.offsets, dtype=torch.int32).reshape(-1, 2) for example in group]
-            found["token/char.start"], found["token/char.end"] = [o[:, 0] for o in offsets], [o[:, 1] for o in offsets]
-    return found
 
 
 def _record_loader(
