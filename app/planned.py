@@ -79,10 +79,10 @@ def _ample(rows: Rows) -> int:
 
 def _scaled(part: PartState, tokens: int, length: int) -> Iterator[PlannedArray]:
     """The arrays of a rehearsal with the rows that so many tokens will have."""
+    growth = {"example": -(-tokens // length), "token": tokens / WIDTH, "pair": tokens / WIDTH * length / WIDTH}
     for column in part.columns.values():
-        growth = {"example": 1.0, "token": length / WIDTH, "pair": (length / WIDTH) ** 2}[column.table.partition(".")[0]]
         for role in column.arrays.values():
-            of_example = growth * part.arrays[role.path].rows / EXAMPLES
+            rows = math.ceil(growth[column.table.partition(".")[0]] * part.arrays[role.path].rows / EXAMPLES)
             if column.name == "example/text" and role.name == "utf8":
-                of_example = TEXT_BYTES * length
-            yield PlannedArray(column.name, role.name, role.dtype, role.shape, math.ceil(of_example * tokens / length))
+                rows = TEXT_BYTES * tokens
+            yield PlannedArray(column.name, role.name, role.dtype, role.shape, rows)

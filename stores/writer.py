@@ -17,7 +17,7 @@ import numpy as np
 from . import keys, layout, names, runs
 from .cadence import Cadence
 from .dtypes import TEXT
-from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
+from .errors import BrokenWriterError, DiskShortError, KeyRepeatedError, SchemaError
 from .keys import KeySet
 from .parts import Description, PartWriter, key_columns, start_columns
 from .places.local import Durability, LocalPlace
@@ -25,6 +25,7 @@ from .ragged import Cells, Lengths, cells, lengths_of
 from .schema import Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
+RESERVE = 8 << 20  # bytes that a disk is left with
 
 
 class RunWriter:
@@ -72,6 +73,7 @@ class RunWriter:
         self._cadence = Cadence()
         self._broken: BaseException | None = None
         self._closed = False
+        self.appended_bytes = 0
         self._pid = os.getpid()
         held = runs.holdings(self._place, self._run.uid) if self._started else runs.Holdings(KeySet(), None, {})
         self.committed_ids, self._id_kind = held.keys, held.id_kind
@@ -120,7 +122,8 @@ class RunWriter:
             nonfinite: rows per column that are known to hold NaN or infinity; shown by `tensortape info`.
 
         Raises:
-            SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
+            SchemaError, KeyRepeatedError, DiskShortError: nothing was appended. Any other OSError: the writer is unusable, what was
+            committed stands.
         """
         self.drain(ids=ids, columns=dict(columns), lengths=lengths, phase=phase, step=step, nonfinite=nonfinite)
 
@@ -143,17 +146,29 @@ class RunWriter:
         digests = self._check_ids(ids, phase, step)
         given = self._cells(ids, columns, lengths or {}, phase, int(step))
         size = sum(column.nbytes for column in given.values())
+        self.check_disk(size, "what is to be appended")
         self._part.prepare(given, self._descriptions)
         columns.clear()
         with _Breaks(self):
             self._start()
             self._part.append(given)
+        self.appended_bytes += size
         self._pending.update(digests)
         self._id_kind = keys.kind_of(ids)
         for name, count in (nonfinite or {}).items():
             self._nonfinite[name] = self._nonfinite.get(name, 0) + int(count)
         if self._cadence.due(size, self._part.held_bytes):
             self.commit()
+
+    def check_disk(self, nbytes: int, what: str) -> None:
+        """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
+        needed, free = nbytes + self._part.held_bytes + RESERVE, self._place.free()
+        if needed > free:
+            raise DiskShortError(
+                f"{what} needs about {needed / 1e9:,.3f} GB with what is buffered, but the disk of {self.path} has "
+                f"{free / 1e9:,.3f} GB free. What was recorded so far is kept: free some space and go on with mode='resume'; or "
+                "record to another disk, fewer sites, or in a smaller dtype"
+            )
 
     def commit(self) -> None:
         """Make everything appended so far visible and durable; acknowledged when this returns."""
