@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from torch import nn
 
 from tensortape.instrument.rehearsal import rehearse
 from tensortape.instrument.rows import Rows
-from tensortape.instrument.sites import Selection
+from tensortape.instrument.sites import Selection, resolve
 from tensortape.instrument.texts import Example, labels_of
 from tensortape.stores import RunWriter, dtypes, open_run
 from tensortape.stores.part_state import PartState
@@ -57,7 +57,9 @@ def planned(model: nn.Module, sites: Selection, tokens: int, length: int) -> tup
             writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths)
         part = open_run(path).parts[0]
         documents = sum(file.is_file() and not file.name.startswith("c.") for file in path.rglob("*"))
-    return tuple(_scaled(part, tokens, length)), documents
+    samples = {tap.options.sample for tap in resolve(model, sites)}
+    shares = {sample.table("token"): sample.fraction for sample in samples if sample is not None}
+    return tuple(_scaled(part, tokens, length, shares)), documents
 
 
 def inputs(count: int, width: int) -> dict[str, torch.Tensor]:
@@ -77,12 +79,14 @@ def _ample(rows: Rows) -> int:
     return 2 * values + (len(rows.columns) + 32 << 22)
 
 
-def _scaled(part: PartState, tokens: int, length: int) -> Iterator[PlannedArray]:
-    """The arrays of a rehearsal with the rows that so many tokens will have."""
+def _scaled(part: PartState, tokens: int, length: int, shares: Mapping[str, float]) -> Iterator[PlannedArray]:
+    """The arrays of a rehearsal with the rows that so many tokens will have; of a sample's table, its share of them."""
     growth = {"example": -(-tokens // length), "token": tokens / WIDTH, "pair": tokens / WIDTH * length / WIDTH}
     for column in part.columns.values():
         for role in column.arrays.values():
             rows = math.ceil(growth[column.table.partition(".")[0]] * part.arrays[role.path].rows / EXAMPLES)
-            if column.name == "example/text" and role.name == "utf8":
+            if column.table in shares:
+                rows = round(shares[column.table] * tokens)
+            elif column.name == "example/text" and role.name == "utf8":
                 rows = TEXT_BYTES * tokens
             yield PlannedArray(column.name, role.name, role.dtype, role.shape, rows)

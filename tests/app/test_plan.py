@@ -219,3 +219,12 @@ def test_auto_is_the_smaller_attention(call: Callable[..., str]) -> None:
     for length, port in ((64, "q"), (32, "weights")):
         found = json.loads(call("--tokens", 1e6, "--attention", "auto", "--sites", "none", "--max-length", length, "--json"))
         assert any(re.search(f":{port}$", name) for name in found["bytes_per_token"]), port
+
+
+def test_a_sample_of_tokens(call: Callable[..., str]) -> None:
+    """An eighth of the rows, and of what is said of the tokens drawn."""
+    found = json.loads(call("--tokens", 8e5, "--sample-tokens", 0.125, "--json"))
+    table = "token.sample0.125.seed0"
+    assert found["bytes_per_token"][f"{table}/model.layers.3:out|sample0.125.seed0"] == 512 / 8
+    assert found["bytes_per_token"][f"{table}/input_ids"] == 1
+    assert found["bytes_per_token"]["token/input_ids"] == 8
