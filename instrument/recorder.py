@@ -258,7 +258,7 @@ class Recorder:
     def _described(self, taken: Capture) -> dict[str, Any]:
         site = taken.site
         aliases = self._pins.aliases_of(site, cross=bool(taken.about.get("cross")))
-        said: dict[str, Any] = {name: taken.about[name] for name in ("attention", "scaled") if name in taken.about}
+        said: dict[str, Any] = {name: taken.about[name] for name in ("attention", "scaled", "sample") if name in taken.about}
         return {
             "path": site.path,
             "port": site.port,

@@ -21,6 +21,7 @@ from .errors import SiteNotFoundError
 from .layouts import Layout
 from .modules import all_names, named
 from .reduce import REDUCTIONS
+from .sampling import Sample
 
 Reduction = Literal["mean", "max", "first", "last", "entropy", "received", "flow"]
 OF_WEIGHTS = ("entropy", "received", "flow")
@@ -38,6 +39,9 @@ class Site:
         dtype: cast to this dtype before storing (`float16`, `bfloat16`, `float32`); by default what the model computed.
         positions: store only these tokens of each example (-1 is the last): rows [chosen, *feature], one per example; NaN (-1 for
             integers) where an example is too short. The column is named `<site>|positions=<numbers>`.
+        sample_tokens: store only this share of each example's tokens, in a table of their own; see `Sample`. Sites with the same
+            share and seed have the same tokens. The column is named `<site>|sample<share>.seed<seed>`.
+        sample_seed: another seed draws other tokens.
         missing: `error` if the module does not run in some batch, or `absent`: the column then has a table of its own in which such
             examples own no rows.
         store: of `attention`, what to keep: `qk` (queries and keys; the weights themselves only where they cannot be rebuilt from
@@ -57,9 +61,11 @@ class Site:
     keys: Sequence[int] | None = None
     segments: int | None = None
     positions: Sequence[int] | None = None
+    sample_tokens: float | None = None
+    sample_seed: int = 0
 
     def __post_init__(self) -> None:
-        self.pinned_layout  # noqa: B018 - refuses an unknown layout where it is written
+        self.pinned_layout, self.sample  # noqa: B018 - refuse an unknown layout, and no share, where they are written
         known = OF_WEIGHTS if self._is_of_weights else REDUCTIONS
         if self.reduce is not None and self.reduce not in known:
             raise ValueError(f"reduce is one of {', '.join(known)} at {self.pattern!r}, not {self.reduce!r}")
@@ -69,6 +75,11 @@ class Site:
             raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
         if self.positions is not None and (self.reduce is not None or self._is_of_attention):
             raise ValueError("positions= picks tokens of a module's input or output, and goes without reduce=")
+        whole = self.reduce is None and self.positions is None and self.missing == "error"
+        if self.sample_tokens is not None and (not whole or self._is_of_attention):
+            raise ValueError(
+                "sample_tokens= draws tokens of a module's input or output, and goes without reduce=, positions=, missing='absent'"
+            )
         if self.missing == "absent" and self.dtype == "float16" and SiteName("", Pattern(self.pattern).port or "out").is_gradient:
             raise ValueError(
                 "gradients in float16 have a scale per example, which missing='absent' leaves no place for; use bfloat16"
@@ -79,6 +90,11 @@ class Site:
             raise ValueError(f"dtype names a torch dtype such as 'float16', not {self.dtype!r}")
         if self.missing not in ("error", "absent"):
             raise ValueError(f"missing is 'error' or 'absent', not {self.missing!r}")
+
+    @property
+    def sample(self) -> Sample | None:
+        """The tokens asked for, where not all are."""
+        return None if self.sample_tokens is None else Sample(self.sample_tokens, self.sample_seed)
 
     @property
     def _is_of_attention(self) -> bool:
@@ -263,6 +279,7 @@ def _add(found: dict[tuple[Any, ...], Tap], tap: Tap) -> None:
         _tuple(options.queries),
         _tuple(options.keys),
         _tuple(options.positions),
+        options.sample,
     )
     earlier = found.setdefault(key, tap)
     _agree(earlier, tap)

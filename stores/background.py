@@ -35,6 +35,11 @@ class Background:
         self._thread = threading.Thread(target=self._work, name="tensortape-writer", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that tasks hold which are not done yet."""
+        return self._held
+
     def add(self, size: int, task: Task) -> None:
         """Do a task that holds `size` bytes, later; waits first while the tasks before it hold too much."""
         with self._change:

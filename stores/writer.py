@@ -21,7 +21,7 @@ from . import cadence, chain, keys, layout, names, runs, termination
 from .background import Background, Task
 from .cadence import Cadence
 from .dtypes import TEXT, Array
-from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
+from .errors import BrokenWriterError, DiskShortError, KeyRepeatedError, SchemaError
 from .held import Held, Holdings, Lengths, holdings
 from .open_parts import OpenParts
 from .parts import Description, PartWriter, key_columns
@@ -32,6 +32,7 @@ from .schema import ColumnSchema, Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
 _SITE = ("path", "port", "call", "layout", "reduce", "target", "scaled")  # what must be the same for values to be comparable
+RESERVE = 8 << 20  # bytes that a disk is left with
 
 
 class RunWriter:
@@ -98,6 +99,7 @@ class RunWriter:
         self._cadence = Cadence(commit_seconds, commit_bytes)
         self._broken: BaseException | None = None
         self._closed = False
+        self.appended_bytes = 0
         self._pid = os.getpid()
         self._parts = OpenParts(self._place, self._part_document, memory_budget, before.columns)
         self._background = Background(memory_budget // 2) if background else None
@@ -160,7 +162,8 @@ class RunWriter:
             nonfinite: rows per column that are known to hold NaN or infinity; shown by `tensortape info`.
 
         Raises:
-            SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
+            SchemaError, KeyRepeatedError, DiskShortError: nothing was appended. Any other OSError: the writer is unusable, what was
+            committed stands.
         """
         self.drain(ids=ids, columns=dict(columns), lengths=lengths, phase=phase, step=step, nonfinite=nonfinite)
 
@@ -184,13 +187,26 @@ class RunWriter:
         given, found = self._cells(ids, columns, lengths or {}, phase, int(step))
         written = Written(frozenset(columns), digests)
         self._check_held(ids, written, found)
+        size = sum(column.nbytes for column in given.values())
+        self.check_disk(size, "what is to be appended")
         part = self._parts.prepare(given, found, self._descriptions, self._retire)
         columns.clear()
         self._id_kind = keys.kind_of(ids)
         self._new_columns = self._new_columns or self._columns_if_new(written)
         self._pending.update(digests)
-        size = sum(column.nbytes for column in given.values())
+        self.appended_bytes += size
         self._do(size, partial(self._append, part, given, written, dict(nonfinite or {})))
+
+    def check_disk(self, nbytes: int, what: str) -> None:
+        """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
+        waiting = 0 if self._background is None else self._background.waiting
+        needed, free = nbytes + waiting + self._parts.held_bytes + RESERVE, self._place.free()
+        if needed > free:
+            raise DiskShortError(
+                f"{what} needs about {needed / 1e9:,.3f} GB with what is buffered, but the disk of {self.path} has "
+                f"{free / 1e9:,.3f} GB free. What was recorded so far is kept: free some space and go on with mode='resume'; or "
+                "record to another disk, fewer sites, or in a smaller dtype"
+            )
 
     def commit(self) -> None:
         """Make everything appended so far visible and durable; acknowledged when this returns."""

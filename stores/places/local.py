@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +70,11 @@ class LocalPlace:
     def size(self, path: str) -> int:
         """Bytes of the object."""
         return (self.root / path).stat().st_size
+
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(there).free
 
     def view(self, path: str, *, stays: bool) -> Any:
         """A memory map where the object stays as it is, else its bytes."""
