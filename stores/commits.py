@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import google_crc32c
 import numpy as np
 
 from .dtypes import Array
 from .errors import DamagedError, FormatVersionError
+from .quantize import Quantization
 from .schema import VERSION, ColumnSchema, Json
 
 _HEAD = b'{"crc32c":"%08x","record":'
@@ -30,20 +31,22 @@ _PLAIN = ("run", "part", "number", "previous", "kind", "document", "rows", "nonf
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Rows of one shard and the crc32c of the committed rows of each of its chunks."""
+    """Rows of one shard, the crc32c of the committed rows of each of its chunks, and if it is compressed the size of its file."""
 
     rows: int
     crcs: Array
+    nbytes: int | None = None
 
     def to_json(self) -> list[int | str]:
-        """Rows, then the checksums as hexadecimal digits (little-endian, 8 per chunk)."""
-        return [self.rows, self.crcs.astype("<u4").tobytes().hex()]
+        """Rows, the checksums as hexadecimal digits (little-endian, 8 per chunk), and bytes if they do not follow from the rows."""
+        size = [] if self.nbytes is None else [self.nbytes]
+        return [self.rows, self.crcs.astype("<u4").tobytes().hex(), *size]
 
     @classmethod
     def from_json(cls, document: list[int | str]) -> ShardRecord:
         """The reverse of `to_json`."""
-        rows, digits = document
-        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"))
+        rows, digits, *size = document
+        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"), *map(int, size))
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Record:
     aligned: tuple[tuple[str, int, int], ...] = ()
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     written: int = 0
+    quantization: Mapping[str, Quantization] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -84,6 +88,7 @@ class Record:
             "aligned": [list(span) for span in self.aligned],
             "nonfinite": dict(self.nonfinite),
             "written": self.written,
+            **({"quantization": {name: astuple(cost) for name, cost in self.quantization.items()}} if self.quantization else {}),
         }
 
     def _array_json(self, path: str) -> Json:
@@ -111,6 +116,7 @@ class Record:
             array_rows={path: array["rows"] for path, array in arrays.items()},
             shards={path: _shards(array["shards"]) for path, array in arrays.items()},
             aligned=tuple((part, first, count) for part, first, count in document["aligned"]),
+            quantization={name: Quantization(*cost) for name, cost in document.get("quantization", {}).items()},
         )
 
 

@@ -11,6 +11,7 @@ from . import commits
 from .commits import Record, ShardRecord
 from .errors import DamagedError
 from .places import Place
+from .quantize import Quantization
 from .schema import ColumnSchema, Json, PartDocument
 
 _PART = re.compile(r"p\d{6,}")
@@ -36,6 +37,7 @@ class PartState:
     arrays: dict[str, ArrayState] = field(default_factory=dict)
     aligned: tuple[tuple[str, int, int], ...] = ()
     nonfinite: dict[str, int] = field(default_factory=dict)
+    quantization: dict[str, Quantization] = field(default_factory=dict)
     closed: bool = False
     last: str = ""  # digest of the last record
     commits: int = 0
@@ -50,6 +52,7 @@ class PartState:
             array.rows = rows
             array.shards.update(record.shards.get(path, {}))
         self.aligned, self.nonfinite = record.aligned or self.aligned, dict(record.nonfinite)
+        self.quantization = dict(record.quantization)
         self.closed, self.commits, self.written = record.kind == "closed", record.number, record.written
 
     @property

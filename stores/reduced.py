@@ -10,6 +10,7 @@ import numpy as np
 from .columns import Column
 from .dtypes import Array
 from .errors import UnknownColumnError
+from .quantize import Quantization
 from .schema import ColumnSchema, Json
 
 KINDS = ("mean", "max", "first", "last")
@@ -47,6 +48,16 @@ class ReducedColumn(Column):
     def nbytes(self) -> int:
         """Bytes of what it is computed from."""
         return self._whole.nbytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files that is in."""
+        return self._whole.stored_bytes
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What quantising what it is computed from has cost."""
+        return self._whole.quantization
 
     @property
     def site(self) -> Json | None:

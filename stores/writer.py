@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from . import keys, layout, names, runs
+from . import codecs, keys, layout, names, runs
+from . import quantize as quantizing
 from .cadence import Cadence
 from .dtypes import TEXT
 from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
@@ -37,6 +38,7 @@ class RunWriter:
             renamed, before the first append.
         durability: `fsync` (a commit survives a power loss) or `rename` (it survives the end of the process).
         memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
+        compress: `lz4` or `zstd` for all columns with rows of at least 64 bytes; by default nothing is compressed.
         about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
 
     >>> with RunWriter("written.zarr") as writer:
@@ -57,10 +59,12 @@ class RunWriter:
         mode: Mode = "create",
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
+        compress: str | None = None,
         about: Mapping[str, Json] | None = None,
     ) -> None:
         self.path = Path(path).absolute()  # the working directory may change while the writer lives
         self._budget = memory_budget
+        codecs.check(compress)
         self._place = LocalPlace(self.path, durability)
         self._mode = mode
         self._run, self._started = runs.document_for(self._place, mode, dict(about or {}))
@@ -75,7 +79,7 @@ class RunWriter:
         self._pid = os.getpid()
         held = runs.holdings(self._place, self._run.uid) if self._started else runs.Holdings(KeySet(), None, {})
         self.committed_ids, self._id_kind = held.keys, held.id_kind
-        self._part = PartWriter(self._place, self._part_document(), memory_budget, held.kinds)
+        self._part = PartWriter(self._place, self._part_document(), memory_budget, held.kinds, compress or codecs.NONE)
         atexit.register(self.close)  # also what is forgotten is committed
 
     @property
@@ -84,15 +88,31 @@ class RunWriter:
         return self._run.uid
 
     def describe(
-        self, column: str, *, axes: tuple[str, ...] | None = None, site: Json | None = None, attributes: Json | None = None
+        self,
+        column: str,
+        *,
+        axes: tuple[str, ...] | None = None,
+        site: Json | None = None,
+        attributes: Json | None = None,
+        compress: str | None = None,
+        quantize: str | None = None,
     ) -> None:
-        """Say what a column is, before the first append: names of its feature axes, its site, attributes for all readers."""
+        """Say what a column is, before the first append.
+
+        Args:
+            axes: names of its feature axes.
+            site, attributes: its recorded site, and what else all readers should know; JSON objects.
+            compress: `none`, `lz4` or `zstd`, instead of the writer's `compress`.
+            quantize: `int8` keeps a float16, bfloat16 or float32 column as codes with a scale per row; what that costs is measured.
+        """
         names.split(column)
         if self._part.name:
             raise SchemaError(f"column {column!r} can be described only before the first append")
         for said in (site, attributes):
             _check_json(column, said)
-        self._descriptions[column] = Description(axes, site, attributes or {})
+        codecs.check(compress)
+        quantizing.check(quantize)
+        self._descriptions[column] = Description(axes, site, attributes or {}, compress, quantize)
 
     def add_asset(self, name: str, content: bytes) -> None:
         """Keep a file beside the tables (a tokenizer's, say); one that is there already stays. Written with the first append."""
