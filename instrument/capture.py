@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tensortape.stores.patterns import Alias, SiteName
+from tensortape.stores.patterns import Alias, SiteName, is_companion
 
 from .anatomy import Stack
 from .errors import BatchError, LayoutError
@@ -50,6 +50,11 @@ class Capture:
         if self.tap.options.missing == "absent":
             return f"token.{self.site.path}/{name}"
         return f"{self._table}/{name}"
+
+    @property
+    def is_companion(self) -> bool:
+        """Whether the rows only go with others of the site (a scale, which keys a query sees) rather than being its values."""
+        return is_companion(self.site.port, self.suffix)
 
     @property
     def _table(self) -> str:

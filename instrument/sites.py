@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tensortape.stores import codecs, quantize
 from tensortape.stores.errors import SchemaError
 from tensortape.stores.patterns import FACT_PORTS, Alias, Pattern, SiteName, parse_site
 
@@ -35,6 +36,9 @@ class Site:
         reduce: store one row per example instead of all: its mean, max, first or last token; the column is named `<site>|<reduce>`.
             Of `weights`: `entropy` in nats per query and head, `received` mass per key and head, `flow` between segments.
         dtype: cast to this dtype before storing (`float16`, `bfloat16`, `float32`); by default what the model computed.
+        compress: store compressed without loss, as `lz4` or `zstd`.
+        quantize: `int8` stores float16, bfloat16 and float32 as codes with a scale per row, a few outlying features exactly; the
+            column then says what that has cost.
         positions: store only these tokens of each example (-1 is the last): rows [chosen, *feature], one per example; NaN (-1 for
             integers) where an example is too short. The column is named `<site>|positions=<numbers>`.
         missing: `error` if the module does not run in some batch, or `absent`: the column then has a table of its own in which such
@@ -56,9 +60,13 @@ class Site:
     keys: Sequence[int] | None = None
     segments: int | None = None
     positions: Sequence[int] | None = None
+    compress: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         self.pinned_layout  # noqa: B018 - refuses an unknown layout where it is written
+        codecs.check(self.compress)
+        quantize.check(self.quantize)
         known = OF_WEIGHTS if self._is_of_weights else REDUCTIONS
         if self.reduce is not None and self.reduce not in known:
             raise ValueError(f"reduce is one of {', '.join(known)} at {self.pattern!r}, not {self.reduce!r}")
@@ -269,8 +277,8 @@ def _check_calls(taps: list[Tap]) -> None:
 
 
 def _agree(one: Tap, other: Tap) -> None:
-    options = [(tap.options.layout, tap.options.dtype, tap.options.missing, tap.options.store) for tap in (one, other)]
-    if options[0] != options[1]:
+    names = ("layout", "dtype", "missing", "store", "compress", "quantize")
+    if any(getattr(one.options, name) != getattr(other.options, name) for name in names):
         name = other.name(other.call or 1)
         raise ValueError(f"site {name} is selected twice with different options: {one.options} and {other.options}")
 

@@ -56,6 +56,11 @@ class Column:
         return sum(part.array(role).stored_bytes for part in self._holders for role in self._roles(part))
 
     @property
+    def compress(self) -> str:
+        """The codec of the values, or several with commas if parts differ; `none` for none."""
+        return ", ".join(dict.fromkeys(self._roles(part)[0].codec for part in self._holders))
+
+    @property
     def quantization(self) -> Quantization | None:
         """What quantising the column has cost, over all parts that hold it so; None for a column that is kept exactly."""
         found = [part.state.quantization[self.name] for part in self._holders if self.name in part.state.quantization]

@@ -26,7 +26,7 @@ LARGEST_CODE = 126
 NAN, MINUS_INFINITY, INFINITY = -128, -127, 127
 OUTLIER = 6.0  # times the median feature
 OUTLIERS_PER = 100  # features for each outlier that is kept
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10  # allocators give larger blocks back at once, and faulting them in anew costs more than the arithmetic
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(LARGEST_CODE), np.float32(0))
 
 
@@ -133,26 +133,38 @@ def _peaks(values: Array) -> Array:
 
 def _encoded(values: Array, dtype: np.dtype[Any]) -> tuple[Array, Array, Quantization]:
     """Codes [n, features], scales [n] and cost of float32 rows, which are overwritten."""
-    peaks = np.abs(values).max(1)
-    lost = None
+    peaks = _largest(values)
+    beyond = []
     if not np.isfinite(peaks).all():
-        lost = [(NAN, np.isnan(values)), (MINUS_INFINITY, values == -np.inf), (INFINITY, values == np.inf)]
+        beyond = [(NAN, np.isnan(values)), (MINUS_INFINITY, values == -np.inf), (INFINITY, values == np.inf)]
         values[~np.isfinite(values)] = 0
-        peaks = np.abs(values).max(1)
+        peaks = _largest(values)
     scale = np.minimum(peaks / np.float32(LARGEST_CODE), _LARGEST_SCALE)
-    codes = np.rint(values / np.where(scale > 0, scale, 1)[:, None])
-    codes = np.clip(codes, -LARGEST_CODE, LARGEST_CODE, out=codes).astype(np.int8)
-    cost = _cost(values, _product(codes, scale).astype(dtype))
-    for code, where in lost or ():
+    steps = np.where(scale > 0, scale, 1)[:, None]
+    exact = values / steps
+    rounded = np.rint(exact)
+    np.clip(rounded, -LARGEST_CODE, LARGEST_CODE, out=rounded)
+    codes = rounded.astype(np.int8)
+    for code, where in beyond:
         codes[where] = code
-    return codes, scale, cost
+    rounded *= scale[:, None]
+    return codes, scale, _cost(values, exact, rounded.astype(dtype).astype(np.float32, copy=False), steps)
 
 
-def _cost(values: Array, read: Array) -> Quantization:
-    error = read.astype(np.float32)
-    error -= values
-    squared_error, squared_values = (float(np.einsum("ij,ij->", array, array, dtype=np.float64)) for array in (error, values))
-    return Quantization(squared_error, squared_values, float(np.abs(error).max()))
+def _largest(values: Array) -> Array:
+    """The largest magnitude of each row; NaN where there is one."""
+    found: Array = np.maximum(values.max(1), -values.min(1))
+    return found
+
+
+def _cost(values: Array, exact: Array, read: Array, steps: Array) -> Quantization:
+    """What reading `read` in place of `values` costs. Squares are summed in steps of the row, which never leave float32's range."""
+    error = np.subtract(read, values, out=read)
+    largest = max(float(error.max()), -float(error.min()))
+    error /= steps
+    squares = np.square(steps[:, 0], dtype=np.float64)
+    squared_error, squared_values = (float(np.vecdot(rows, rows) @ squares) for rows in (error, exact))
+    return Quantization(squared_error, squared_values, largest)
 
 
 def _decoded(codes: Array, scale: Array) -> Array:

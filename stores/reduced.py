@@ -55,6 +55,11 @@ class ReducedColumn(Column):
         return self._whole.stored_bytes
 
     @property
+    def compress(self) -> str:
+        """The codec of what it is computed from."""
+        return self._whole.compress
+
+    @property
     def quantization(self) -> Quantization | None:
         """What quantising what it is computed from has cost."""
         return self._whole.quantization
