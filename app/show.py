@@ -49,8 +49,8 @@ def info_lines(found: Json) -> Iterable[str]:
     for name, table in found["tables"].items():
         yield f"table {name}: {table['rows']} rows"
         for column in table["columns"]:
-            shape = f"[{', '.join(map(str, column['shape']))}]"
-            yield f"  {column['name']:<44} {column['dtype']:<9} {shape:<16} {megabytes(column['bytes']):>10}{''.join(_notes(column))}"
+            shape, notes = f"[{', '.join(map(str, column['shape']))}]", "".join(_notes(column))
+            yield f"  {column['name']:<44} {column['dtype']:<9} {shape:<16} {megabytes(column['bytes']):>10}{notes}"
 
 
 def head(run: Run, *, examples: int, tokens: int, sites: list[str] | None, tokenizer: Any) -> list[Json]:
