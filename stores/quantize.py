@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ OUTLIER = 6.0  # times the median feature
 OUTLIERS_PER = 100  # features for each outlier that is kept
 _PIECE_BYTES = 256 << 10  # allocators give larger blocks back at once, and faulting them in anew costs more than the arithmetic
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(LARGEST_CODE), np.float32(0))
+
+_ALLOWING_NAN = np.errstate(invalid="ignore")  # numpy warns of casting and comparing a signalling one
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Int8:
             _flat(out)[:, self.outliers] = dtypes.from_stored(arrays["outliers"], dtype)
         return out
 
+    @_ALLOWING_NAN
     def _coded(self, values: Array) -> Array:
         """What is coded of rows [n, features]: outliers as 0; float32."""
         kept = values.astype(np.float32)
@@ -114,16 +118,19 @@ def plan(column: str, dtype: str, blocks: Iterable[Array]) -> Int8:
     """
     if dtype not in DTYPES:
         raise SchemaError(f"column {column!r} is {dtype}, but quantize='int8' is for {', '.join(DTYPES)}; record it unquantised")
-    peaks = [_peaks(_flat(dtypes.from_stored(rows, dtype))) for block in blocks for rows in _pieces(block)]
-    return Int8(_outliers(np.max(peaks, 0)) if peaks else ())
+    peaks = (_peaks(_flat(dtypes.from_stored(rows, dtype))) for block in blocks for rows in _pieces(block))
+    return Int8(_outliers(reduce(np.maximum, peaks, np.zeros((), np.float32))))
 
 
 def _outliers(peaks: Array) -> tuple[int, ...]:
+    if not np.ndim(peaks):
+        return ()  # no row has been seen
     over = np.flatnonzero(peaks > OUTLIER * np.median(peaks))
     largest = over[np.argsort(-peaks[over], kind="stable")][: -(-len(peaks) // OUTLIERS_PER)]
     return tuple(sorted(largest.tolist()))
 
 
+@_ALLOWING_NAN
 def _peaks(values: Array) -> Array:
     """The largest finite magnitude of each feature; float32 [features]."""
     magnitude = np.abs(values.astype(np.float32))
@@ -131,6 +138,7 @@ def _peaks(values: Array) -> Array:
     return found
 
 
+@_ALLOWING_NAN
 def _encoded(values: Array, dtype: np.dtype[Any]) -> tuple[Array, Array, Quantization]:
     """Codes [n, features], scales [n] and cost of float32 rows, which are overwritten."""
     peaks = _largest(values)
@@ -153,7 +161,7 @@ def _encoded(values: Array, dtype: np.dtype[Any]) -> tuple[Array, Array, Quantiz
 
 def _largest(values: Array) -> Array:
     """The largest magnitude of each row; NaN where there is one."""
-    found: Array = np.maximum(values.max(1), -values.min(1))
+    found: Array = np.abs(np.maximum(values.max(1), -values.min(1)))  # of nothing but zeros 0, not -0
     return found
 
 
