@@ -28,6 +28,8 @@ class ArrayReader:
         self._schema = schema
         self._state = part.state.arrays.get(schema.path, ArrayState())
         self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype), schema.codec)
+        # Rows that are read at once: all of a shard where they are mapped, a chunk's where they have to be expanded first.
+        self._stretch = self.geometry.shard_rows if schema.codec == codecs.NONE else self.geometry.chunk_rows
 
     @property
     def rows(self) -> int:
@@ -46,14 +48,14 @@ class ArrayReader:
 
     def slice(self, start: int, stop: int) -> Array:
         """Rows [start, stop): a read-only view within one chunk, a copy otherwise."""
-        spans = list(self._spans(start, stop))
-        if len(spans) == 1:
-            return self._read(*spans[0])
-        out = np.empty((max(stop - start, 0), *self._schema.shape), self.geometry.dtype)
-        done = 0
-        for number, a, b in spans:
-            out[done : done + b - a] = self._read(number, a, b)
-            done += b - a
+        if stop <= start:
+            return np.empty((0, *self._schema.shape), self.geometry.dtype)
+        if start // self._stretch == (stop - 1) // self._stretch:
+            return self._read(start, stop)
+        out = np.empty((stop - start, *self._schema.shape), self.geometry.dtype)
+        for first in range(start - start % self._stretch, stop, self._stretch):
+            a, b = max(start, first), min(stop, first + self._stretch)
+            out[a - start : b - start] = self._read(a, b)
         return out
 
     def gather(self, rows: Array) -> Array:
@@ -85,22 +87,13 @@ class ArrayReader:
         first = number * self.geometry.shard_rows
         return first, first + self._state.shards[number].rows
 
-    @property
-    def _stretch(self) -> int:
-        """Rows that are read at once: all of a shard where they are mapped, a chunk's where they have to be expanded first."""
-        return self.geometry.shard_rows if self.geometry.codec == codecs.NONE else self.geometry.chunk_rows
-
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Shard, first and one past the last of its rows, of each stretch of rows [start, stop)."""
-        for first in range(start - start % self._stretch, stop, self._stretch) if stop > start else ():
-            a, b = max(start, first), min(stop, first + self._stretch)
-            number = first // self.geometry.shard_rows
-            yield number, a - number * self.geometry.shard_rows, b - number * self.geometry.shard_rows
-
-    def _read(self, number: int, start: int, stop: int) -> Array:
-        shard = self._checked_open(number, start, stop)
-        self._check(number, shard, shard.chunks_of(start, stop))
-        return shard.slice(start, stop)
+    def _read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) of one stretch."""
+        number = start // self.geometry.shard_rows
+        first = number * self.geometry.shard_rows
+        shard = self._checked_open(number, start - first, stop - first)
+        self._check(number, shard, shard.chunks_of(start - first, stop - first))
+        return shard.slice(start - first, stop - first)
 
     def _gather_from(self, rows: Array) -> Array:
         """Rows of one stretch."""
