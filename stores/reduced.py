@@ -80,6 +80,11 @@ class ReducedColumn(Column):
         return self._whole.present
 
     @property
+    def paths(self) -> list[str]:
+        """The Zarr arrays of the values it is computed from."""
+        return self._whole.paths
+
+    @property
     def role_paths(self) -> dict[str, list[str]]:
         """The Zarr arrays it is computed from."""
         return self._whole.role_paths

@@ -49,7 +49,9 @@ def test_quantised_sites_read_as_what_the_model_computed_and_state_their_error(t
     assert column.quantization is not None
     assert column.quantization.relative_rms == pytest.approx(relative, rel=1e-3)  # no outliers in so small a model
     assert exact.quantization is None
-    assert run["resid_post[0]|last"].quantization == column.quantization
+    computed = run["resid_post[0]|last"]
+    assert (computed.quantization, computed.compress, computed.paths) == (column.quantization, "zstd", column.paths)
+    assert computed.stored_bytes == column.stored_bytes
 
 
 def test_a_resumed_recording_goes_on_in_the_same_way(tmp_path: Path) -> None:
