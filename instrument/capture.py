@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tensortape.stores.patterns import Alias, SiteName
+from tensortape.stores.patterns import Alias, SiteName, is_companion
 
 from .anatomy import Stack
 from .errors import BatchError, LayoutError
@@ -62,6 +62,11 @@ class Capture:
         """Whether the table is of rows that no stream of tokens has."""
         sampled = self.sample is not None and self.lengths is not None
         return self.tap.options.missing == "absent" or self.keys is not None or sampled
+
+    @property
+    def is_companion(self) -> bool:
+        """Whether the rows only go with others of the site (a scale, which keys a query sees) rather than being its values."""
+        return is_companion(self.site.port, self.suffix)
 
     @property
     def _table(self) -> str:

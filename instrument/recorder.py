@@ -251,8 +251,10 @@ class Recorder:
     def _learn(self, found: Step, rows: Rows) -> None:
         """After the first batch: say what each column is, and remember what an absent one looks like."""
         for taken in found.captures.values():
-            self.writer.describe(taken.column, site=self._described(taken))
-            if taken.tap.options.missing == "absent":
+            options = taken.tap.options
+            smaller: dict[str, Any] = {} if taken.is_companion else {"compress": options.compress, "quantize": options.quantize}
+            self.writer.describe(taken.column, site=self._described(taken), **smaller)
+            if options.missing == "absent":
                 self._known[taken.column] = rows.columns[taken.column][:0]
 
     def _described(self, taken: Capture) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tensortape.stores import codecs, quantize
 from tensortape.stores.errors import SchemaError
 from tensortape.stores.patterns import FACT_PORTS, Alias, Pattern, SiteName, parse_site
 
@@ -37,6 +38,9 @@ class Site:
         reduce: store one row per example instead of all: its mean, max, first or last token; the column is named `<site>|<reduce>`.
             Of `weights`: `entropy` in nats per query and head, `received` mass per key and head, `flow` between segments.
         dtype: cast to this dtype before storing (`float16`, `bfloat16`, `float32`); by default what the model computed.
+        compress: store compressed without loss, as `lz4` or `zstd`.
+        quantize: `int8` stores float16, bfloat16 and float32 as codes with a scale per row, a few outlying features exactly; the
+            column then says what that has cost.
         positions: store only these tokens of each example (-1 is the last): rows [chosen, *feature], one per example; NaN (-1 for
             integers) where an example is too short. The column is named `<site>|positions=<numbers>`.
         sample_tokens: store only this share of each example's tokens, in a table of their own; see `Sample`. Sites with the same
@@ -63,9 +67,13 @@ class Site:
     positions: Sequence[int] | None = None
     sample_tokens: float | None = None
     sample_seed: int = 0
+    compress: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         self.pinned_layout, self.sample  # noqa: B018 - refuse an unknown layout, and no share, where they are written
+        codecs.check(self.compress)
+        quantize.check(self.quantize)
         known = OF_WEIGHTS if self._is_of_weights else REDUCTIONS
         if self.reduce is not None and self.reduce not in known:
             raise ValueError(f"reduce is one of {', '.join(known)} at {self.pattern!r}, not {self.reduce!r}")
@@ -140,7 +148,7 @@ class Tap:
     @cached_property
     def asked(self) -> str:
         """What was asked for, in the words that recorded columns keep."""
-        plain = Site(self.options.pattern)
+        plain = Site(self.options.pattern, compress=self.options.compress, quantize=self.options.quantize)  # not what, but how
         options = {name: value for name, value in vars(self.options).items() if value != getattr(plain, name)}
         return json.dumps([self.path, self.port, self.call, self.cross, options], default=list)
 
@@ -294,8 +302,8 @@ def _check_calls(taps: list[Tap]) -> None:
 
 
 def _agree(one: Tap, other: Tap) -> None:
-    options = [(tap.options.layout, tap.options.dtype, tap.options.missing, tap.options.store) for tap in (one, other)]
-    if options[0] != options[1]:
+    names = ("layout", "dtype", "missing", "store", "compress", "quantize")
+    if any(getattr(one.options, name) != getattr(other.options, name) for name in names):
         name = other.name(other.call or 1)
         raise ValueError(f"site {name} is selected twice with different options: {one.options} and {other.options}")
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from . import dtypes
 from .dtypes import Array
+from .geometry import Geometry
 from .schema import ArraySchema
-from .shards import Geometry
 
 
 class RowBuffer:
@@ -22,7 +22,7 @@ class RowBuffer:
 
     def __init__(self, schema: ArraySchema) -> None:
         self.schema = schema
-        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype))
+        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype), schema.codec)
         self.rows = 0
 
     @property

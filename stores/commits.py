@@ -16,13 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import google_crc32c
 import numpy as np
 
 from .dtypes import Array
 from .errors import DamagedError, FormatVersionError
+from .quantize import Quantization
 from .schema import VERSION, ColumnSchema, Json
 
 _HEAD = b'{"crc32c":"%08x","record":'
@@ -35,20 +36,22 @@ _OPTIONAL = ("copies", "assets")
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Rows of one shard and the crc32c of the committed rows of each of its chunks."""
+    """Rows of one shard, the crc32c of the committed rows of each of its chunks, and if it is compressed the size of its file."""
 
     rows: int
     crcs: Array
+    nbytes: int | None = None
 
     def to_json(self) -> list[int | str]:
-        """Rows, then the checksums as hexadecimal digits (little-endian, 8 per chunk)."""
-        return [self.rows, self.crcs.astype("<u4").tobytes().hex()]
+        """Rows, the checksums as hexadecimal digits (little-endian, 8 per chunk), and bytes if they do not follow from the rows."""
+        size = [] if self.nbytes is None else [self.nbytes]
+        return [self.rows, self.crcs.astype("<u4").tobytes().hex(), *size]
 
     @classmethod
     def from_json(cls, document: list[int | str]) -> ShardRecord:
         """The reverse of `to_json`."""
-        rows, digits = document
-        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"))
+        rows, digits, *size = document
+        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"), *map(int, size))
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Record:
     aligned: tuple[tuple[str, int, int], ...] = ()
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     written: int = 0
+    quantization: Mapping[str, Quantization] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     assets: Mapping[str, str] = field(default_factory=dict)
     listed: Mapping[str, Listed] = field(default_factory=dict)
@@ -122,6 +126,7 @@ class Record:
             **{name: dict(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)},
             **({"checkpoint": self._checkpoint_json()} if self.listed else {}),
             **({"withdrawn": [list(span) for span in self.withdrawn]} if self.withdrawn else {}),
+            **({"quantization": {name: astuple(cost) for name, cost in self.quantization.items()}} if self.quantization else {}),
         }
 
     def _checkpoint_json(self) -> Json:
@@ -157,6 +162,7 @@ class Record:
             listed={path: Listed(*numbers) for path, numbers in checkpoint["arrays"].items()},
             list_file=checkpoint["file"],
             withdrawn=tuple((first, count) for first, count in document.get("withdrawn", [])),
+            quantization={name: Quantization(*cost) for name, cost in document.get("quantization", {}).items()},
         )
 
 
@@ -202,7 +208,7 @@ def encode_lists(arrays: Mapping[str, tuple[int, Mapping[int, ShardRecord]]]) ->
     start = 0
     for path, (rows, shards) in arrays.items():
         found = [shards[number] for number in sorted(shards)]
-        head = np.array([(shard.rows, len(shard.crcs)) for shard in found], "<i8")
+        head = np.array([(shard.rows, len(shard.crcs), -1 if shard.nbytes is None else shard.nbytes) for shard in found], "<i8")
         piece = head.tobytes() + b"".join(shard.crcs.astype("<u4").tobytes() for shard in found)
         listed[path] = Listed(rows, len(found), start, len(piece), google_crc32c.value(piece))
         pieces.append(piece)
@@ -214,9 +220,10 @@ def decode_list(data: bytes, listed: Listed, where: str) -> dict[int, ShardRecor
     """The shards of one array out of its bytes in a checkpoint's list."""
     if len(data) != listed.size or google_crc32c.value(data) != listed.crc:
         raise DamagedError(f"{where}: the list of shards is damaged (its checksum does not match)")
-    head = np.frombuffer(data, "<i8", 2 * listed.shards).reshape(-1, 2)
+    head = np.frombuffer(data, "<i8", 3 * listed.shards).reshape(-1, 3)
     crcs = np.split(np.frombuffer(data, "<u4", offset=head.nbytes), np.cumsum(head[:, 1])[:-1]) if listed.shards else []
-    return {number: ShardRecord(int(rows), found) for number, (rows, found) in enumerate(zip(head[:, 0], crcs, strict=True))}
+    shards = zip(head[:, [0, 2]].tolist(), crcs, strict=True)
+    return {number: ShardRecord(rows, found, None if size < 0 else size) for number, ((rows, size), found) in enumerate(shards)}
 
 
 def digest(data: bytes) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import dtypes
+from . import codecs, dtypes
 from .commits import ShardRecord
 from .dtypes import Array
+from .errors import DamagedError
 from .part_reader import ArrayReader, PartReader
 from .part_state import PartState
 from .places import Place
@@ -59,14 +60,16 @@ class Mending:
         shard = _as_far_as_there(self._place, array, wound.number, wound.path)
         first, last = array.rows_in(wound.number)
         for chunk in wound.chunks:
-            start, stop = shard.rows_of(chunk)
+            start, stop = array.geometry.rows_of(chunk, last - first)
             examples = reader.examples_of(wound.array.path, first + start, first + stop).tolist()
             self.withdrawn.update(examples)
             self.nameless.update(examples if f"{wound.array.path}/".startswith("example/id/") else ())
-        encoded = encode(_salvaged_rows(shard, array, last - first), array.geometry, dtypes.fill_value(wound.array.dtype))
+        rows = _salvaged_rows(shard, array, last - first, wound.chunks)
+        encoded = encode(rows, array.geometry, dtypes.fill_value(wound.array.dtype))
         self._keep(wound.path)
         self._place.replace(wound.path, encoded.buffers)
-        record = ShardRecord(last - first, encoded.crcs)
+        size = None if array.geometry.codec == codecs.NONE else encoded.nbytes
+        record = ShardRecord(last - first, encoded.crcs, size)
         self.shards.setdefault(wound.array.path, {})[wound.number] = record
         self._part.arrays[wound.array.path].apply(array.rows, {wound.number: record})
         self._part.withdrawn = spans({*self.withdrawn, *_numbers(self._part.withdrawn)})
@@ -88,25 +91,29 @@ def _numbers(withdrawn: Iterable[tuple[int, int]]) -> list[int]:
 def _wounds(place: Place, array: ArrayReader, schema: ArraySchema) -> Iterable[Wound]:
     for number, path, _ in array.shards():
         shard = _as_far_as_there(place, array, number, path)
-        chunks = shard.damaged()
-        if chunks or not shard.structure_is_right():
+        chunks = range(array.chunks_in(number)) if shard is None else shard.damaged()
+        if chunks or shard is None or not shard.structure_is_right():
             yield Wound(schema, number, path, tuple(chunks))
 
 
-def _as_far_as_there(place: Place, array: ArrayReader, number: int, path: str) -> Shard:
-    """A shard out of whatever its file holds: nothing, too little, or other bytes."""
-    needed = array.file_bytes(number)
+def _as_far_as_there(place: Place, array: ArrayReader, number: int, path: str) -> Shard | None:
+    """A shard out of whatever its file holds, be it too little; None where nothing can be told from that."""
     content = place.read(path) if place.exists(path) else b""
-    return array.shard_of(number, content[:needed].ljust(needed, b"\0"))
+    if array.geometry.codec == codecs.NONE:
+        needed = array.file_bytes(number)
+        content = content[:needed].ljust(needed, b"\0")
+    try:
+        return array.shard_of(number, content)
+    except DamagedError:
+        return None
 
 
-def _salvaged_rows(shard: Shard, array: ArrayReader, rows: int) -> Array:
+def _salvaged_rows(shard: Shard | None, array: ArrayReader, rows: int, damaged: tuple[int, ...]) -> Array:
     """The shard's rows, those of damaged chunks as fill values."""
     found = array.filled(rows)
-    bad = {shard.rows_of(chunk) for chunk in shard.damaged()}
-    every = range(0, rows, array.geometry.chunk_rows)
-    for start in every:
+    bad = {array.geometry.rows_of(chunk, rows) for chunk in damaged}
+    for start in range(0, rows, array.geometry.chunk_rows):
         stop = min(start + array.geometry.chunk_rows, rows)
-        if (start, stop) not in bad:
+        if shard is not None and (start, stop) not in bad:
             found[start:stop] = shard.slice(start, stop)
     return found

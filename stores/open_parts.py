@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from . import names
+from . import codecs, names
 from .dtypes import Array
 from .errors import BudgetError
 from .parts import Description, PartWriter, start_columns
@@ -20,10 +20,18 @@ class OpenParts:
         document: makes a part's document, once the part is claimed.
         budget: bytes that buffers of all parts, and one append, may take; as for `RunWriter`.
         known: columns the run has from before.
+        compress: for columns of which nothing else is said.
     """
 
-    def __init__(self, place: Place, document: Callable[[], PartDocument], budget: int, known: Mapping[str, ColumnSchema]) -> None:
-        self._place, self._document = place, document
+    def __init__(
+        self,
+        place: Place,
+        document: Callable[[], PartDocument],
+        budget: int,
+        known: Mapping[str, ColumnSchema],
+        compress: str = codecs.NONE,
+    ) -> None:
+        self._place, self._document, self._compress = place, document, compress
         self._budget = budget
         self._known = known
         self._parts: dict[frozenset[str], PartWriter] = {}
@@ -75,7 +83,7 @@ class OpenParts:
             part.commit(kind, assets=assets)
 
     def _new(self, budget: int) -> PartWriter:
-        return PartWriter(self._place, self._document, budget, self._known)
+        return PartWriter(self._place, self._document, budget, self._known, self._compress)
 
 
 def _prepared(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from . import dtypes
+from . import codecs, dtypes
+from .compressed_shards import RecentChunks
 from .dtypes import TEXT, Array
 from .errors import DamagedError
+from .geometry import Geometry
 from .part_state import ArrayState, PartState
 from .parts import shard_path
 from .schema import ArraySchema, ColumnSchema
-from .shard_cache import ShardCache
-from .shards import Geometry, Shard
+from .shard_cache import ShardCache, file_bytes, shard_of
+from .shards import Shard
 
 
 class ArrayReader:
@@ -26,7 +28,9 @@ class ArrayReader:
         self._part = part
         self._schema = schema
         self._state = part.state.arrays.get(schema.path, ArrayState())
-        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype))
+        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype), schema.codec)
+        # Rows that are read at once: all of a shard where they are mapped, a chunk's where they have to be expanded first.
+        self._stretch = self.geometry.shard_rows if schema.codec == codecs.NONE else self.geometry.chunk_rows
 
     @property
     def rows(self) -> int:
@@ -35,26 +39,36 @@ class ArrayReader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those rows."""
+        """Bytes of those rows, before compression."""
         return self.rows * self.geometry.chunk_row_bytes * self.geometry.pieces
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files they are in."""
+        return sum(file_bytes(record, self.geometry) for record in self._state.shards.values())
 
     def slice(self, start: int, stop: int) -> Array:
         """Rows [start, stop): a read-only view within one chunk, a copy otherwise."""
-        pieces = [shard.slice(a, b) for shard, a, b in self._spans(start, stop)]
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty((0, *self._schema.shape), self.geometry.dtype)
+        if stop <= start:
+            return np.empty((0, *self._schema.shape), self.geometry.dtype)
+        if start // self._stretch == (stop - 1) // self._stretch:
+            return self._read(start, stop)
+        out = np.empty((stop - start, *self._schema.shape), self.geometry.dtype)
+        for first in range(start - start % self._stretch, stop, self._stretch):
+            a, b = max(start, first), min(stop, first + self._stretch)
+            out[a - start : b - start] = self._read(a, b)
+        return out
 
     def gather(self, rows: Array) -> Array:
         """Rows by number, in any order."""
-        number, within = np.divmod(rows, self.geometry.shard_rows)
-        touched = _distinct(number)
+        stretch = rows // self._stretch
+        touched = _distinct(stretch)
         if len(touched) == 1:
-            return self._gather_from(int(touched[0]), within)
+            return self._gather_from(rows)
         out: Array = np.empty((len(rows), *self._schema.shape), self.geometry.dtype)
-        for shard in touched:
-            here = np.flatnonzero(number == shard)
-            out[here] = self._gather_from(int(shard), within[here])
+        for number in touched:
+            here = np.flatnonzero(stretch == number)
+            out[here] = self._gather_from(rows[here])
         return out
 
     def shards(self) -> Iterator[tuple[int, str, bool]]:
@@ -70,17 +84,20 @@ class ArrayReader:
         return self._part.cache.get(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
 
     def shard_of(self, number: int, content: bytes) -> Shard:
-        """A shard as if its file held `content`."""
-        record = self._state.shards[number]
-        return Shard(content, self.geometry, record.rows, record.crcs)
+        """A shard as if its file held `content`; DamagedError where that cannot be one."""
+        return shard_of(content, self.geometry, self._state.shards[number], RecentChunks())
+
+    def chunks_in(self, number: int) -> int:
+        """How many chunks of a shard were committed."""
+        return len(self._state.shards[number].crcs)
 
     def filled(self, rows: int) -> Array:
         """Rows of the fill value."""
         return np.full((rows, *self._schema.shape), dtypes.fill_value(self._schema.dtype), self.geometry.dtype)
 
     def file_bytes(self, number: int) -> int:
-        """The size a shard's file has with just the committed rows."""
-        return self.geometry.file_bytes(self._state.shards[number].rows)
+        """The size a shard's file had when it was committed."""
+        return file_bytes(self._state.shards[number], self.geometry)
 
     def check_size(self, number: int) -> None:
         """DamagedError unless a shard's file is there and large enough, or just as large where it cannot have grown."""
@@ -92,20 +109,23 @@ class ArrayReader:
         first = number * self.geometry.shard_rows
         return first, first + self._state.shards[number].rows
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
-        size = self.geometry.shard_rows
-        for number in range(start // size, -(-stop // size)) if stop > start else ():
-            a, b = max(start - number * size, 0), min(stop - number * size, size)
-            shard = self._checked_open(number, a, b)
-            self._check(number, shard, shard.chunks_of(a, b))
-            yield shard, a, b
+    def _read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) of one stretch."""
+        number = start // self.geometry.shard_rows
+        first = number * self.geometry.shard_rows
+        shard = self._checked_open(number, start - first, stop - first)
+        self._check(number, shard, shard.chunks_of(start - first, stop - first))
+        return shard.slice(start - first, stop - first)
 
-    def _gather_from(self, number: int, rows: Array) -> Array:
-        shard = self._checked_open(number, int(rows.min()), int(rows.max()) + 1)
-        chunks = _distinct(rows // self.geometry.chunk_rows) * self.geometry.pieces
+    def _gather_from(self, rows: Array) -> Array:
+        """Rows of one stretch."""
+        number = int(rows[0]) // self.geometry.shard_rows
+        within = rows - number * self.geometry.shard_rows
+        shard = self._checked_open(number, int(within.min()), int(within.max()) + 1)
+        chunks = _distinct(within // self.geometry.chunk_rows) * self.geometry.pieces
         pieces = np.arange(self.geometry.pieces)
         self._check(number, shard, (chunks[:, None] + pieces).reshape(-1))
-        return shard.gather(rows)
+        return shard.gather(within)
 
     def _checked_open(self, number: int, start: int, stop: int) -> Shard:
         first = number * self.geometry.shard_rows
@@ -136,6 +156,13 @@ def _distinct(numbers: Array) -> Array:
     return np.flatnonzero(seen)
 
 
+def _values(column: ColumnSchema, arrays: Mapping[str, Array]) -> Array:
+    """Rows of a column in its logical dtype, from those of its arrays by role."""
+    if column.quantized is None:
+        return dtypes.from_stored(arrays["values"], column.dtype)
+    return column.quantized.decode(arrays, column.dtype)
+
+
 class PartReader:
     """All columns of one part."""
 
@@ -155,13 +182,13 @@ class PartReader:
         """Rows [start, stop) of a column in its logical dtype; text as an object array of strings."""
         if column.dtype == TEXT:
             return self._text(column, start, stop)
-        return dtypes.from_stored(self.array(column.arrays["values"]).slice(start, stop), column.dtype)
+        return _values(column, {role: self.array(array).slice(start, stop) for role, array in column.arrays.items()})
 
     def gather(self, column: ColumnSchema, rows: Array) -> Array:
         """Rows of a column by number, in any order."""
         if column.dtype == TEXT:
             return self._texts(column, rows)
-        return dtypes.from_stored(self.array(column.arrays["values"]).gather(rows), column.dtype)
+        return _values(column, {role: self.array(array).gather(rows) for role, array in column.arrays.items()})
 
     @cached_property
     def kept(self) -> Array:

@@ -12,6 +12,7 @@ from . import commits
 from .commits import End, Listed, Record, ShardRecord
 from .errors import DamagedError
 from .places import Place
+from .quantize import Quantization
 from .schema import ColumnSchema, Json, PartDocument
 
 _PART = re.compile(r"p\d{6,}")
@@ -59,6 +60,7 @@ class PartState:
     assets: dict[str, str] = field(default_factory=dict)
     withdrawn: tuple[tuple[int, int], ...] = ()
     lists: dict[str, Mapping[str, Listed]] = field(default_factory=dict)  # of the checkpoints read, by file
+    quantization: dict[str, Quantization] = field(default_factory=dict)
     kind: str = ""  # of the last record
     ended: bool = False  # whether end.json is there
     last: str = ""  # digest of the last record
@@ -87,6 +89,7 @@ class PartState:
         self.withdrawn = record.withdrawn or self.withdrawn
         if record.listed:
             self.lists[record.list_file] = record.listed
+        self.quantization = dict(record.quantization)
         self.kind, self.commits, self.written = record.kind, record.number, record.written
 
     def start_from(self, record: Record, place: Place) -> None:

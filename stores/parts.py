@@ -6,21 +6,23 @@ A plain Zarr reader that goes by `example/id` therefore finds every example it l
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import chain, commits, dtypes, layout, zarr_documents
+from . import chain, codecs, commits, dtypes, layout, quantize, zarr_documents
 from .buffers import RowBuffer
 from .commits import ShardRecord
 from .dtypes import Array
 from .errors import SchemaError
 from .part_state import PartState, part_names
 from .places import Place
+from .quantize import Quantization
 from .ragged import Cells, text_bytes
 from .schema import ColumnSchema, Json, PartDocument, column_schema, stored_arrays
 from .shards import encode
@@ -28,14 +30,32 @@ from .shards import encode
 _THREADS = min(4, os.cpu_count() or 1)
 _WIDE_BYTES = 2**20
 
+Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
+
 
 @dataclass(frozen=True)
 class Description:
-    """What a writer may say of a column beyond its values."""
+    """What a writer may say of a column beyond its values. `compress` None is the writer's choice for all columns."""
 
     axes: tuple[str, ...] | None = None
     site: Json | None = None
     attributes: Json = field(default_factory=dict)
+    compress: str | None = None
+    quantize: str | None = None
+
+    def coding(self, name: str, kind: Kind, blocks: list[Array], compress: str) -> dict[str, Any]:
+        """The arguments `codec` and `quantized` of a column's schema; SchemaError for a dtype that cannot be quantised.
+
+        Args:
+            blocks: the column's first rows.
+            compress: the codec of columns with rows of at least 64 bytes of which nothing is said.
+        """
+        dtype, shape = kind
+        wide = dtype != dtypes.TEXT and math.prod(shape) * dtypes.stored(dtype).itemsize >= layout.SMALL_ROW_BYTES
+        return {
+            "codec": self.compress or (compress if wide else codecs.NONE),
+            "quantized": None if self.quantize is None else quantize.plan(name, dtype, blocks),
+        }
 
 
 def claim(place: Place, document: PartDocument) -> PartState:
@@ -57,16 +77,20 @@ def _copies(place: Place, path: str, content: bytes) -> dict[str, str]:
     return {zarr_documents.DOCUMENT: place.read(zarr_documents.DOCUMENT).decode(), path: content.decode()}
 
 
-Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
-
-
 class PartWriter:
     """One part, from its first rows to its closing record."""
 
     def __init__(
-        self, place: Place, document: Callable[[], PartDocument], budget: int, known: Mapping[str, ColumnSchema] | None = None
+        self,
+        place: Place,
+        document: Callable[[], PartDocument],
+        budget: int,
+        known: Mapping[str, ColumnSchema] | None = None,
+        compress: str = codecs.NONE,
     ) -> None:
         self._known = known or {}
+        self._compress = compress
+        self._quantization: dict[str, Quantization] = {}
         self._place = place
         self._document = document
         self._budget = budget
@@ -155,10 +179,20 @@ class PartWriter:
 
     def _plan(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> dict[str, ColumnSchema]:
         kinds = {name: self._kind(name, column) for name, column in given.items()}
-        arrays = [array for dtype, shape in kinds.values() for array in stored_arrays(dtype, shape)]
-        shard_bytes = layout.shard_bytes_for(self._budget, arrays, _size(given))
+        said = {name: descriptions.get(name, Description()) for name in kinds}
+        coding = {name: said[name].coding(name, kind, given[name].blocks, self._compress) for name, kind in kinds.items()}
+        arrays = [array for name, kind in kinds.items() for array in stored_arrays(*kind, **coding[name])]
+        share = layout.shard_bytes_for(self._budget, arrays, _size(given))
         return {
-            name: column_schema(name, *kind, shard_bytes=shard_bytes, **vars(descriptions.get(name, Description())))
+            name: column_schema(
+                name,
+                *kind,
+                shard_bytes=share,
+                axes=said[name].axes,
+                site=said[name].site,
+                attributes=said[name].attributes,
+                **coding[name],
+            )
             for name, kind in kinds.items()
         }
 
@@ -197,15 +231,19 @@ class PartWriter:
             return written + sum(pool.map(lambda name: self._take(part, self._schemas[name], given.pop(name)), wide))
 
     def _take(self, part: str, schema: ColumnSchema, column: Cells) -> int:
-        written = 0
-        for block in column.blocks:
-            if schema.dtype != dtypes.TEXT:
-                written += self._push(part, schema.arrays["values"].path, block)
-                continue
-            utf8, end = schema.arrays["utf8"].path, schema.arrays["end"].path
-            text, ends = text_bytes(block, self._buffers[utf8].rows)
-            written += self._push(part, utf8, text) + self._push(part, end, ends)
-        return written
+        pieces = (piece for block in column.blocks for piece in self._by_role(schema, block))
+        return sum(self._push(part, schema.arrays[role].path, rows) for role, rows in pieces)
+
+    def _by_role(self, schema: ColumnSchema, block: Array) -> Iterator[tuple[str, Array]]:
+        """Rows for each array of a column."""
+        if schema.dtype == dtypes.TEXT:
+            yield from zip(("utf8", "end"), text_bytes(block, self._buffers[schema.arrays["utf8"].path].rows), strict=True)
+        elif schema.quantized is None:
+            yield "values", block
+        else:
+            for arrays, cost in schema.quantized.encode(block, schema.dtype):
+                self._quantization[schema.name] = self._quantization.get(schema.name, Quantization()) + cost
+                yield from arrays.items()
 
     def _push(self, part: str, path: str, block: Array) -> int:
         return sum(self._write_shard(part, path, number, rows) for number, rows in self._buffers[path].take(block))
@@ -214,8 +252,9 @@ class PartWriter:
         buffer = self._buffers[path]
         encoded = encode(rows, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
         self._place.replace(shard_path(part, path, number, rows.ndim), encoded.buffers)
-        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs)
-        return buffer.geometry.file_bytes(len(rows))
+        size = None if buffer.geometry.codec == codecs.NONE else encoded.nbytes
+        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs, size)
+        return encoded.nbytes
 
     def _write_tails(self, part: str) -> None:
         for path, buffer in self._buffers.items():
@@ -241,6 +280,7 @@ class PartWriter:
             array_rows={path: count for path, count in rows.items() if count != self._committed.get(path, -1)},
             shards=self._touched,
             written=self._written,
+            quantization=dict(self._quantization),
             **said,
         )
         self._committed, self._touched = rows, {}

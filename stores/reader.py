@@ -370,8 +370,13 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values of all columns."""
+        """Bytes of all values of all columns, before compression."""
         return sum(column.nbytes for table in self.tables.values() for column in table.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files they are in, checksums and indices included."""
+        return sum(column.stored_bytes for table in self.tables.values() for column in table.values())
 
     def __len__(self) -> int:
         return len(self._index)

@@ -17,7 +17,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from . import cadence, chain, keys, layout, names, runs, termination
+from . import cadence, chain, codecs, keys, layout, names, runs, termination
+from . import quantize as quantizing
 from .background import Background, Task
 from .cadence import Cadence
 from .dtypes import TEXT, Array
@@ -46,6 +47,7 @@ class RunWriter:
             which is not gone after all fails at its next commit.
         durability: `fsync` (a commit survives a power loss) or `rename` (it survives the end of the process).
         memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
+        compress: `lz4` or `zstd` for all columns with rows of at least 64 bytes; by default nothing is compressed.
         about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
         session: what writers that belong together have in common, such as the ranks of one job: they add to one run side by side,
             and an example that several of them write counts once. One of its own by default.
@@ -73,6 +75,7 @@ class RunWriter:
         mode: Mode = "create",
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
+        compress: str | None = None,
         about: Mapping[str, Json] | None = None,
         session: str | None = None,
         rank: int = 0,
@@ -82,6 +85,7 @@ class RunWriter:
         commit_bytes: int | None = None,
     ) -> None:
         self.path = Path(path).absolute()  # the working directory may change while the writer lives
+        codecs.check(compress)
         self._place = LocalPlace(self.path, durability)
         self._mode = mode
         self._session, self._rank, self._world_size = session or uuid.uuid4().hex, rank, world_size
@@ -101,7 +105,7 @@ class RunWriter:
         self._closed = False
         self.appended_bytes = 0
         self._pid = os.getpid()
-        self._parts = OpenParts(self._place, self._part_document, memory_budget, before.columns)
+        self._parts = OpenParts(self._place, self._part_document, memory_budget, before.columns, compress or codecs.NONE)
         self._background = Background(memory_budget // 2) if background else None
         self._watched = termination.watch()
         atexit.register(self.close)  # also what is forgotten is committed
@@ -125,16 +129,32 @@ class RunWriter:
         return self._run.uid
 
     def describe(
-        self, column: str, *, axes: tuple[str, ...] | None = None, site: Json | None = None, attributes: Json | None = None
+        self,
+        column: str,
+        *,
+        axes: tuple[str, ...] | None = None,
+        site: Json | None = None,
+        attributes: Json | None = None,
+        compress: str | None = None,
+        quantize: str | None = None,
     ) -> None:
-        """Say what a column is, before the first append: names of its feature axes, its site, attributes for all readers."""
+        """Say what a column is, before the first append.
+
+        Args:
+            axes: names of its feature axes.
+            site, attributes: its recorded site, and what else all readers should know; JSON objects.
+            compress: `none`, `lz4` or `zstd`, instead of the writer's `compress`.
+            quantize: `int8` keeps a float16, bfloat16 or float32 column as codes with a scale per row; what that costs is measured.
+        """
         names.split(column)
         if self._parts.describes(column):
             raise SchemaError(f"column {column!r} can be described only before the first append")
         for said in (site, attributes):
             _check_json(column, said)
+        codecs.check(compress)
+        quantizing.check(quantize)
         _check_same_site(column, site, self.columns)
-        self._descriptions[column] = Description(axes, site, attributes or {})
+        self._descriptions[column] = Description(axes, site, attributes or {}, compress, quantize)
 
     def add_asset(self, name: str, content: bytes) -> None:
         """Keep a file beside the tables (a tokenizer's, say); one that is there already stays. Written with the first append."""
