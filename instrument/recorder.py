@@ -48,12 +48,13 @@ class Recorder:
     Args:
         model: any torch module; DDP, FSDP and torch.compile wrappers are looked through.
         sites: one pattern, `Site` or callable `(path, module) -> ports`, or a list of them; see `tensortape.stores.patterns`.
-        to: the run's folder.
+        to: the run's folder, or `s3://bucket/path`.
         mode: `create` refuses a path that exists, `resume` continues a run and leaves out examples it has already, `overwrite`
             renames an existing run aside.
         durability: `fsync` or `rename`, as for `RunWriter`.
         memory_budget: bytes that buffered rows may take on the host.
         recompile: if the model is compiled already, reset torch.compile so that it is compiled anew with the hooks.
+        storage_options: as for `RunWriter`.
 
     Raises:
         SiteNotFoundError, CompiledModelError, UnsupportedModelError; RunExistsError and the other errors of `RunWriter`.
@@ -69,6 +70,7 @@ class Recorder:
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
         recompile: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         refuse_compiled(model, recompile=recompile)
         self._model = unwrapped(model)
@@ -80,7 +82,14 @@ class Recorder:
         self._known: dict[str, Any] = {}
         self._batch: Batch | None = None
         self._resumes = mode == "resume"
-        self.writer = RunWriter(to, mode=mode, durability=durability, memory_budget=memory_budget, about=about(self._model))
+        self.writer = RunWriter(
+            to,
+            mode=mode,
+            durability=durability,
+            memory_budget=memory_budget,
+            about=about(self._model),
+            storage_options=storage_options,
+        )
 
     @property
     def has_gradients(self) -> bool:

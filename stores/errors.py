@@ -7,6 +7,7 @@ StoreError
 ├── DamagedError (OSError)                bytes on disk are not the bytes that were committed
 ├── LostPartError (RuntimeError)          this writer's part was closed by somebody else
 ├── BrokenWriterError (RuntimeError)      an earlier failure left this writer unusable
+├── UnsafePlaceError (RuntimeError)       the place cannot keep two writers apart
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
 ├── SchemaError (ValueError)              what was given does not fit the run
 │   └── KeyRepeatedError                  the same example twice
@@ -43,6 +44,10 @@ class LostPartError(StoreError, RuntimeError):
 
 class BrokenWriterError(StoreError, RuntimeError):
     """An earlier failure left this writer unusable; what was committed before it stands."""
+
+
+class UnsafePlaceError(StoreError, RuntimeError):
+    """The place cannot keep two writers apart, and nobody has said that there is only one."""
 
 
 class BudgetError(StoreError, MemoryError):

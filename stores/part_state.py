@@ -60,7 +60,7 @@ class PartState:
 
 def read_parts(place: Place, run: str) -> list[PartState]:
     """Every part that has committed something, in order of name."""
-    return [part for part in (read_part(place, run, name) for name in claimed_parts(place)) if part.commits]
+    return [part for part in place.each(lambda name: read_part(place, run, name), claimed_parts(place)) if part.commits]
 
 
 def part_names(place: Place) -> list[str]:
@@ -70,17 +70,19 @@ def part_names(place: Place) -> list[str]:
 
 def claimed_parts(place: Place) -> list[str]:
     """The parts that somebody writes or wrote: not the empty folder of a writer that was killed while claiming it."""
-    return [name for name in part_names(place) if place.names(f"parts/{name}")]
+    found = part_names(place)
+    return [name for name, held in zip(found, place.each(lambda name: place.names(f"parts/{name}"), found), strict=True) if held]
 
 
 def read_part(place: Place, run: str, name: str) -> PartState:
     """One part; DamagedError where a record is missing or not the one that was written."""
     where = f"parts/{name}/zarr.json"
     try:
-        stated = commits.digest(place.read(where))
+        content = place.read(where)
     except FileNotFoundError:
         raise DamagedError(f"{where}: the part document is missing") from None
-    part = PartState(name, PartDocument.from_attributes(attributes(place, where), where))
+    stated = commits.digest(content)
+    part = PartState(name, PartDocument.from_attributes(attributes(content, where), where))
     end = _end(place, name)  # read first: a writer may close the part while its records are being read
     for record, digest in _records(place, run, name):
         if record.document != stated:
@@ -93,13 +95,16 @@ def read_part(place: Place, run: str, name: str) -> PartState:
 
 
 def _end(place: Place, part: str) -> bytes | None:
-    return place.read(commits.end_path(part)) if "end.json" in place.names(f"parts/{part}") else None
+    try:
+        return place.read(commits.end_path(part))
+    except FileNotFoundError:
+        return None
 
 
-def attributes(place: Place, path: str) -> Json:
+def attributes(content: bytes, path: str) -> Json:
     """The attributes in a group document; DamagedError if it is not one."""
     try:
-        document = json.loads(place.read(path))
+        document = json.loads(content)
     except ValueError as error:
         raise DamagedError(f"{path}: not a Zarr group document ({error})") from None
     found = document.get("attributes", {}) if isinstance(document, dict) else None
@@ -111,11 +116,11 @@ def attributes(place: Place, path: str) -> Json:
 def _records(place: Place, run: str, part: str) -> Iterator[tuple[Record, str]]:
     previous = ""
     found = [name for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
-    for number, name in enumerate(found, start=1):
+    contents = place.each(lambda name: place.read(f"parts/{part}/commits/{name}"), found)
+    for number, (name, data) in enumerate(zip(found, contents, strict=True), start=1):
         path = commits.path_of(part, number)
         if not path.endswith(f"/{name}"):
             raise DamagedError(f"{path}: the commit record is missing, but {name} is there")
-        data = place.read(path)
         record = Record.decode(data, path)
         if (record.run, record.part, record.number, record.previous) != (run, part, number, previous):
             raise DamagedError(f"{path}: this commit record belongs to another run, part or place in the sequence")

@@ -138,8 +138,9 @@ class PartWriter:
             raise LostPartError(f"part {self.name} was closed by somebody else") from None
 
     def _write_groups(self) -> None:
-        for folder in group_folders(self._schemas.values()):
-            self._place.replace(f"parts/{self.name}/{folder}/zarr.json", [zarr_documents.group()])
+        document = [zarr_documents.group()]
+        folders = group_folders(self._schemas.values())
+        self._place.each(lambda folder: self._place.replace(f"parts/{self.name}/{folder}/zarr.json", document), folders)
         for schema in self._schemas.values():
             for role in schema.arrays.values():
                 self._templates[role.path] = zarr_documents.array(schema, role)
@@ -184,16 +185,18 @@ class PartWriter:
         return buffer.geometry.file_bytes(len(rows))
 
     def _write_tails(self) -> None:
-        for path, buffer in self._buffers.items():
-            if buffer.held and buffer.rows != self._committed.get(path, 0):
-                self.written += self._write_shard(path, buffer.shard, buffer.tail())
+        buffers = self._buffers.items()
+        waiting = [(path, buffer) for path, buffer in buffers if buffer.held and buffer.rows != self._committed.get(path, 0)]
+        self.written += sum(self._place.each(lambda one: self._write_shard(one[0], one[1].shard, one[1].tail()), waiting))
 
     def _write_shapes(self, wave: int) -> None:
-        for schema in self._schemas.values():
-            for role in schema.arrays.values():
-                if _wave(schema, role.name) == wave:
-                    document = zarr_documents.with_rows(self._templates[role.path], self._buffers[role.path].rows)
-                    self._place.replace(f"parts/{self.name}/{role.path}/zarr.json", [document])
+        schemas = self._schemas.values()
+        paths = [role.path for schema in schemas for role in schema.arrays.values() if _wave(schema, role.name) == wave]
+        self._place.each(self._write_shape, paths)
+
+    def _write_shape(self, path: str) -> None:
+        document = zarr_documents.with_rows(self._templates[path], self._buffers[path].rows)
+        self._place.replace(f"parts/{self.name}/{path}/zarr.json", [document])
 
     def _write_record(self, kind: str, aligned: tuple[tuple[str, int, int], ...], nonfinite: Mapping[str, int]) -> None:
         rows = {path: buffer.rows for path, buffer in self._buffers.items()}

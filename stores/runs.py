@@ -20,7 +20,7 @@ from .shard_cache import ShardCache
 ROOT = "zarr.json"
 
 
-def document_for(place: LocalPlace, mode: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
+def document_for(place: Place, mode: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
     """The run document for a writer in this mode, and whether the run is there already. Nothing is written yet."""
     if mode not in ("create", "resume", "overwrite"):
         raise ValueError(f"mode is 'create', 'resume' or 'overwrite', not {mode!r}")
@@ -31,13 +31,14 @@ def document_for(place: LocalPlace, mode: str, about: dict[str, Json]) -> tuple[
         return _continued(place, about), True
     if there:
         read_document(place, place.root)  # only runs are renamed aside
+        _folder(place)
     return RunDocument(uid=uuid.uuid4().hex, **about), False
 
 
-def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
+def start(place: Place, mode: str, document: RunDocument) -> None:
     """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside."""
     if mode == "overwrite" and _is_taken(place):
-        _rename_aside(place)
+        _rename_aside(_folder(place))
     place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     try:
         place.create(ROOT, [zarr_documents.group(document.to_attributes())])
@@ -46,12 +47,15 @@ def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
     place.settle()
 
 
-def _is_taken(place: LocalPlace) -> bool:
+def _is_taken(place: Place) -> bool:
     """Whether anything is at the path, other than what a start leaves behind that was killed before the run existed."""
-    if not place.root.is_dir():
-        return place.root.exists()
-    above, parts = set(place.names("")), set(place.names("parts"))
-    return ROOT in above or not above <= {"parts"} or not parts <= {ROOT}
+    try:
+        place.size(ROOT)
+    except FileNotFoundError:
+        return not set(place.names("")) <= {"parts"} or not set(place.names("parts")) <= {ROOT}
+    except NotADirectoryError:  # a file
+        return True
+    return True
 
 
 def check_is(place: Place, uid: str, where: str | Path) -> None:
@@ -67,9 +71,11 @@ def check_is(place: Place, uid: str, where: str | Path) -> None:
 def read_document(place: Place, where: str | Path) -> RunDocument:
     """The run document at a place; NotARunError if there is none."""
     try:
-        found = attributes(place, ROOT)
+        content = place.read(ROOT)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotARunError(f"{where} is not a tensortape run: it has no {ROOT}") from None
+        reason = f"it has no {ROOT}" if place.names("") else "there is no folder with anything in it"
+        raise NotARunError(f"{where} is not a tensortape run: {reason}") from None
+    found = attributes(content, ROOT)
     if FORMAT not in found:
         raise NotARunError(f"{where} is a Zarr group, but not a tensortape run")
     return RunDocument.from_attributes(found, str(where))
@@ -94,14 +100,21 @@ def holdings(place: Place, run: str) -> Holdings:
     return Holdings(found, kinds.get("example/id", (None,))[0], kinds)
 
 
-def _exists(place: LocalPlace) -> RunExistsError:
-    return RunExistsError(
-        f"{place.root} exists; give another path, mode='resume' to continue it, or mode='overwrite' to start anew (the old one is "
-        "renamed aside)"
-    )
+def _exists(place: Place) -> RunExistsError:
+    anew = "mode='overwrite' to start anew (the old one is renamed aside)"
+    if not isinstance(place, LocalPlace):
+        anew = "delete what is below it (an object store cannot rename it aside, so mode='overwrite' is for folders)"
+    return RunExistsError(f"{place.root} exists; give another path, mode='resume' to continue it, or {anew}")
 
 
-def _continued(place: LocalPlace, about: dict[str, Json]) -> RunDocument:
+def _folder(place: Place) -> LocalPlace:
+    """The place, if what is there can be renamed aside."""
+    if not isinstance(place, LocalPlace):
+        raise _exists(place)
+    return place
+
+
+def _continued(place: Place, about: dict[str, Json]) -> RunDocument:
     document = read_document(place, place.root)
     differences = sorted(_differences(document.fingerprint, json.loads(json.dumps(about.get("fingerprint", {})))))
     if differences:

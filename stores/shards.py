@@ -13,7 +13,7 @@ stays right when a longer tail replaces the file, and a stale or swapped file ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -141,18 +141,36 @@ def _little(crc: int) -> bytes:
 class Shard:
     """Committed rows of one shard, read from its bytes; each chunk is checked against the commit record when first touched."""
 
-    def __init__(self, data: Any, geometry: Geometry, rows: int, crcs: Array, *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        data: Any,
+        geometry: Geometry,
+        rows: int,
+        crcs: Array,
+        *,
+        verify: bool = True,
+        load: Callable[[Iterable[tuple[int, int]]], None] = lambda spans: None,
+    ) -> None:
         self._bytes = np.frombuffer(data, np.uint8)
         self._geometry = geometry
         self._rows = rows
         self._crcs = crcs
-        self._good = np.full(len(crcs), not verify)
+        self._good = np.zeros(len(crcs), bool)
+        self._verify = verify
+        self._load = load  # spans of the bytes are right only after this, where they come from far away
 
     def damaged(self, chunks: Sequence[int] | Array | None = None) -> list[int]:
         """The chunks (all, unless some are named) whose committed rows are not the ones committed."""
         chosen = np.arange(len(self._crcs)) if chunks is None else np.asarray(chunks)
-        bad = [int(chunk) for chunk in chosen[~self._good[chosen]] if not self._check(int(chunk))]
-        return bad
+        new = chosen[~self._good[chosen]].tolist()
+        if new:
+            self._load(map(self._span, new))
+        return [chunk for chunk in new if not self._check(chunk)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self._bytes)
 
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First and one past the last row of the shard that chunk number `chunk` holds."""
@@ -162,6 +180,7 @@ class Shard:
     def structure_is_right(self) -> bool:
         """Whether the parts that only foreign readers use (stored checksums, index) are right too."""
         present = self._geometry.chunks_for(self._rows)
+        self._load([(present * self._geometry.stride, len(self._bytes))])
         tail: bytes = self._bytes[present * self._geometry.stride :].tobytes()
         return tail == _index(present, self._geometry) and all(map(self._stored_crc_is_right, range(present)))
 
@@ -225,11 +244,14 @@ class Shard:
                 target[...] = self._chunk(int(row) * geometry.pieces + piece)[0, : len(target)]
         return out
 
+    def _span(self, chunk: int) -> tuple[int, int]:
+        """Where a chunk and its checksum lie."""
+        return chunk * self._geometry.stride, (chunk + 1) * self._geometry.stride
+
     def _check(self, chunk: int) -> bool:
         start = chunk * self._geometry.stride
         used = self._geometry.committed_bytes(chunk, self._rows)
-        crc: int = google_crc32c.value(self._bytes[start : start + used])
-        self._good[chunk] = crc == int(self._crcs[chunk])
+        self._good[chunk] = not self._verify or google_crc32c.value(self._bytes[start : start + used]) == int(self._crcs[chunk])
         return bool(self._good[chunk])
 
     def _stored_crc_is_right(self, chunk: int) -> bool:

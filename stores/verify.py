@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from . import runs, zarr_documents
@@ -12,9 +12,11 @@ from .errors import StoreError
 from .part_reader import ArrayReader, PartReader
 from .part_state import PartState, claimed_parts, read_part
 from .parts import group_folders
-from .places import LocalPlace, Place
+from .places import Place, place_at
 from .schema import Json
 from .shard_cache import ShardCache
+
+OUTAGES = (ConnectionError, TimeoutError)  # of the place; they say nothing of the run
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,23 @@ class Verification:
         return f"<Verification {self.path}: {state}; {self.shards} shards, {self.nbytes} bytes read>{listed}"
 
 
-def verify_run(path: Path) -> Verification:
-    """Read every committed byte of a run and compare; damage of any kind is listed, not raised."""
-    place = LocalPlace(path)
-    uid = runs.read_document(place, path).uid
+def verify_run(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Verification:
+    """Read every committed byte of a run and compare; damage of any kind is listed, not raised.
+
+    Raises:
+        NotARunError, FormatVersionError. ConnectionError, TimeoutError: an object store failed, which says nothing of the run.
+    """
+    return verify_place(place_at(path, storage_options=storage_options))
+
+
+def verify_place(place: Place) -> Verification:
+    """The same for a run at a place."""
+    uid = runs.read_document(place, place.root).uid
     checks = _Checks(place)
     checks.groups_above()
     for name in claimed_parts(place):
         checks.part(uid, name)
-    return Verification(str(path), checks.shards, checks.nbytes, tuple(checks.damaged))
+    return Verification(str(place.root), checks.shards, checks.nbytes, tuple(checks.damaged))
 
 
 def _path_in(error: Exception, otherwise: str) -> str:
@@ -83,6 +93,8 @@ class _Checks:
     def part(self, run: str, name: str) -> None:
         try:
             state = read_part(self._place, run, name)
+        except OUTAGES:
+            raise
         except (StoreError, OSError) as error:
             self.damaged.append(Damage(_path_in(error, f"parts/{name}"), str(error)))
             return
@@ -113,6 +125,8 @@ class _Checks:
     def _content(self, path: str) -> bytes:
         try:
             return self._place.read(path)
+        except OUTAGES:
+            raise
         except OSError:
             return b""
 
@@ -126,10 +140,12 @@ class _Checks:
         first, last = array.rows_in(number)
         try:
             shard = array.open(number)
+        except OUTAGES:
+            raise
         except (StoreError, OSError) as error:
             yield str(error).removeprefix(f"{path}: "), first, last
             return
-        self.nbytes += self._place.size(path)
+        self.nbytes += shard.nbytes
         bad = shard.damaged()
         for chunk in bad:
             start, stop = shard.rows_of(chunk)

@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,7 +19,8 @@ from .dtypes import TEXT
 from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
 from .keys import KeySet
 from .parts import Description, PartWriter, key_columns, start_columns
-from .places.local import Durability, LocalPlace
+from .places import place_at
+from .places.local import Durability
 from .ragged import Cells, Lengths, cells, lengths_of
 from .schema import Json, PartDocument
 
@@ -31,13 +31,14 @@ class RunWriter:
     """Writes a run, one append at a time.
 
     Args:
-        path: the run's folder, by custom `NAME.zarr`.
+        path: the run's folder, by custom `NAME.zarr`, or `s3://bucket/path`.
         mode: `create` refuses a path that exists; `resume` continues the run (or starts it, if there is none) and skips nothing by
             itself: ask `committed_ids`; `overwrite` renames an existing run aside and starts a new one. Nothing is written, or
             renamed, before the first append.
         durability: `fsync` (a commit survives a power loss) or `rename` (it survives the end of the process).
         memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
         about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
+        storage_options: of an object store, what its environment does not say: see docs/object_storage.md.
 
     >>> with RunWriter("written.zarr") as writer:
     ...     states = [np.ones((3, 2), np.float16), np.zeros((5, 2), np.float16)]
@@ -47,7 +48,8 @@ class RunWriter:
     (True, 2)
 
     Raises:
-        RunExistsError, NotARunError, SchemaError (resuming what was recorded from something else).
+        RunExistsError, NotARunError, SchemaError (resuming what was recorded from something else). With the first append,
+        UnsafePlaceError: an object store that cannot keep two writers apart.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class RunWriter:
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
         about: Mapping[str, Json] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path).absolute()  # the working directory may change while the writer lives
         self._budget = memory_budget
-        self._place = LocalPlace(self.path, durability)
+        self._place = place_at(path, durability=durability, storage_options=storage_options)
+        self.path = self._place.root
         self._mode = mode
         self._run, self._started = runs.document_for(self._place, mode, dict(about or {}))
         self._assets: dict[str, bytes] = {}
