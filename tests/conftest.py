@@ -20,3 +20,17 @@ def s3() -> Iterator[int]:
     """The port of an S3 server with an empty bucket `s3_server.BUCKET`."""
     with s3_server.moto() as port:
         yield port
+
+
+@pytest.fixture(scope="session")
+def through(s3: int) -> Iterator[s3_server.Traffic]:
+    """A proxy in front of the server, for `traffic`."""
+    with s3_server.proxy(s3) as traffic:
+        yield traffic
+
+
+@pytest.fixture
+def traffic(through: s3_server.Traffic) -> s3_server.Traffic:
+    """What goes through the proxy, from here on, and what is to fail."""
+    through.clear()
+    return through

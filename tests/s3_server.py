@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -206,3 +207,11 @@ def options(port: int, *, patience: float = 10, **more: Any) -> dict[str, Any]:
         "retry_config": {"max_retries": 4, "retry_timeout": timedelta(seconds=2 * patience), "backoff": backoff},
         **more,
     }
+
+
+def everything(error: BaseException | None) -> str:
+    """Whatever an exception and those it came from would show."""
+    if error is None:
+        return ""
+    shown = "".join(traceback.format_exception(error))
+    return "\n".join([shown, str(error), repr(error), repr(error.args), everything(error.__cause__), everything(error.__context__)])

@@ -22,6 +22,11 @@ _KINDS: tuple[tuple[type[Exception], type[OSError]], ...] = (
     (NotImplementedError, UnsupportedOperation),
 )
 _BY_STATUS: dict[str, type[OSError]] = {"404": FileNotFoundError, "429": ConnectionError, "501": UnsupportedOperation}
+_OTHERWISE: dict[type[OSError], str] = {
+    TimeoutError: "the service did not answer in time",
+    ConnectionError: "the connection broke off",
+    UnsupportedOperation: "the service does not do this",
+}
 
 
 def failure(error: Exception, path: str, root: str) -> OSError:
@@ -51,11 +56,9 @@ def _reason(kind: type[OSError], text: str, status: str) -> str:
         return f"the service answered {' '.join(filter(None, (status, _first(_CODE, text))))}"
     if "redirect" in text.lower():
         return "the service answered with a redirection; is the region of the bucket right?"
-    if kind is TimeoutError:
-        return "the service did not answer in time"
     if "kind: Connect" in text:
         return "the service cannot be reached"
-    return "the connection broke off" if kind is ConnectionError else "the service does not do this"
+    return _OTHERWISE.get(kind, "the request failed")
 
 
 def _first(pattern: re.Pattern[str], text: str) -> str:

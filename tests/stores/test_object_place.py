@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import s3_server
 from obstore.exceptions import GenericError
 from places_contract import CONTENT, MANY, PlaceContract
-from s3_server import BUCKET, KEY, SECRET, TOKEN, Traffic, options
+from s3_server import BUCKET, KEY, SECRET, TOKEN, everything, options
 
 from tensortape.stores.errors import UnsafePlaceError
 from tensortape.stores.places import LocalPlace, place_at
@@ -28,18 +26,6 @@ URL = f"s3://{BUCKET}"
 def url(request, tmp_path) -> str:
     """A prefix of the test's own."""
     return f"{URL}/{tmp_path.name}"
-
-
-@pytest.fixture(scope="module")
-def through(s3) -> Iterator[Traffic]:
-    with s3_server.proxy(s3) as traffic:
-        yield traffic
-
-
-@pytest.fixture
-def traffic(through) -> Traffic:
-    through.clear()
-    return through
 
 
 @pytest.fixture
@@ -311,14 +297,6 @@ def test_without_obstore_the_error_names_the_extra(monkeypatch):
 
 
 # Secrets.
-
-
-def everything(error: BaseException | None) -> str:
-    """Whatever an exception and those it came from would show."""
-    if error is None:
-        return ""
-    shown = "".join(traceback.format_exception(error))
-    return "\n".join([shown, str(error), repr(error), repr(error.args), everything(error.__cause__), everything(error.__context__)])
 
 
 @pytest.mark.parametrize("kind", ["500", "403", "409", "reset", "lost"])
