@@ -34,3 +34,12 @@ def traffic(through: s3_server.Traffic) -> s3_server.Traffic:
     """What goes through the proxy, from here on, and what is to fail."""
     through.clear()
     return through
+
+
+@pytest.fixture
+def s3_environment(s3: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment says of the server."""
+    said = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+    keys = {"AWS_ACCESS_KEY_ID": s3_server.KEY, "AWS_SECRET_ACCESS_KEY": s3_server.SECRET}
+    for name, value in (said | keys).items():
+        monkeypatch.setenv(name, value)

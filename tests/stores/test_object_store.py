@@ -172,15 +172,7 @@ def test_columns_are_added(url, direct):
     assert found.verify().ok
 
 
-def test_the_environment_says_where_and_who(url, monkeypatch, s3):
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-    }.items():
-        monkeypatch.setenv(name, value)
+def test_the_environment_says_where_and_who(url, s3_environment):
     with RunWriter(url) as writer:
         write(writer, stop=2)
     assert_holds(open_run(url), 2)
