@@ -8,6 +8,7 @@ StoreError
 ├── LostPartError (RuntimeError)          this writer's part was closed by somebody else
 ├── BrokenWriterError (RuntimeError)      an earlier failure left this writer unusable
 ├── UnsafePlaceError (RuntimeError)       the place cannot keep two writers apart
+├── ForkedError (RuntimeError)            object storage in a process that was forked
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
 ├── SchemaError (ValueError)              what was given does not fit the run
 │   └── KeyRepeatedError                  the same example twice
@@ -48,6 +49,10 @@ class BrokenWriterError(StoreError, RuntimeError):
 
 class UnsafePlaceError(StoreError, RuntimeError):
     """The place cannot keep two writers apart, and nobody has said that there is only one."""
+
+
+class ForkedError(StoreError, RuntimeError):
+    """This process was forked from one that has used object storage, and cannot use it."""
 
 
 class BudgetError(StoreError, MemoryError):

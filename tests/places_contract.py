@@ -99,6 +99,11 @@ class PlaceContract:
         assert place.names("f") == ["10", "2", "a", "b", "deeper"]
         assert place.names("") == ["f", "fg"]
 
+    def test_all_of_many_names_are_found(self, place: Place) -> None:
+        """More than a service gives in one answer."""
+        place.each(lambda number: place.replace(f"f/{number:02d}/x" if number % 2 else f"f/{number:02d}", [b""]), range(30))
+        assert place.names("f") == [f"{number:02d}" for number in range(30)]
+
     def test_there_are_no_names_where_there_is_no_folder(self, place: Place) -> None:
         assert place.names("") == []
         place.create("file", [b""])

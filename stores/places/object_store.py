@@ -9,6 +9,7 @@ Requests that fail are repeated by obstore, for half a minute unless `retry_conf
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from ..errors import UnsafePlaceError
+from ..errors import ForkedError, UnsafePlaceError
 from .contract import PARTIAL, Buffers, R, Span, T, raw
 from .failures import failure
 from .fetched import Fetched
@@ -32,6 +33,7 @@ WHOLE = 1 << 20  # an object of at most this size is fetched in one request
 PIECE = 8 << 20  # a larger one than this is uploaded in pieces, each of which can be repeated by itself
 _PROBE = f".create{PARTIAL}"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PROCESSES: set[int] = set()  # that have made requests: this one, and one that it was forked from
 _RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
 
 
@@ -159,11 +161,22 @@ class ObjectPlace:
 
     def _ask(self, path: str, request: Callable[[], T]) -> T:
         """What obstore gives; its errors as ours, raised outside of `except`, as obstore's would else hang on as their context."""
+        _check_process()
         try:
             return request()
         except (BaseError, OSError, NotImplementedError) as error:
             ours = failure(error, path, self.root)
         raise ours
+
+
+def _check_process() -> None:
+    """obstore's threads do not live on in a forked process, where a request would wait for them for ever."""
+    _PROCESSES.add(os.getpid())
+    if len(_PROCESSES) > 1:
+        raise ForkedError(
+            "this process was forked from one that has used object storage, and requests would never end here; start processes "
+            "by 'spawn' (multiprocessing_context='spawn' of a DataLoader) and open the run in them, or use threads"
+        )
 
 
 def _split(url: str) -> tuple[str, str]:

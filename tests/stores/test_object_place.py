@@ -168,6 +168,17 @@ def test_a_large_object_that_cannot_be_finished_leaves_the_old_one(failing, traf
     assert failing.read("large") == b"old"
 
 
+def test_a_list_that_comes_in_several_answers_is_read_to_its_end(failing, traffic):
+    names = [f"{number:02d}" for number in range(20)]
+    failing.each(lambda name: failing.replace(f"many/{name}", [b""]), names)
+    traffic.fail("500", "LIST", "continuation-token")
+    assert failing.names("many") == names
+    assert traffic.count("LIST") > 2
+    traffic.fail("500", "LIST", "continuation-token", times=99)
+    with pytest.raises(ConnectionError):
+        failing.names("many")
+
+
 # Who may create.
 
 

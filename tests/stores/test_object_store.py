@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import cycle
@@ -377,6 +379,33 @@ def test_a_reading_that_failed_can_be_tried_again(wide, failing, traffic):
     with pytest.raises(ConnectionError, match=r"token/h/c.0.0: the service answered 503 SlowDown"):
         column[7]
     assert same_bits(column[7], values[7 * 149 : 8 * 149])
+
+
+def test_a_forked_process_is_told_that_it_cannot_read(whole, s3_environment):
+    """Its requests would never end; what it has of its parent it may use."""
+    code = """
+import os, sys
+from tensortape.stores import open_run
+from tensortape.stores.errors import ForkedError
+run = open_run(sys.argv[1])
+first = run["token/h"][0]
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+assert (run["token/h"][0] == first).all()
+for ask in (lambda: run["example/topic"][0], lambda: open_run(sys.argv[1])):
+    try:
+        ask()
+    except ForkedError as error:
+        assert "spawn" in str(error)
+    else:
+        os._exit(2)
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, whole], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Damage.
