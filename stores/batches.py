@@ -49,6 +49,7 @@ class Batches:
         self.columns = [column.name for column in columns]
         self._order = RowOrder(widest.edges(), batch_rows, buffer_rows or MIXED * batch_rows, seed)
         self._reader = Mixed(sources, self._order) if shuffle else InOrder(sources, self._order)
+        self._places = hashlib.sha256(self._order.edges.tobytes() + b"".join(source.places for source in sources)).hexdigest()[:16]
         self._run, self._single, self._shuffle, self._drop_last = run, single, shuffle, drop_last
         if not len(self):
             raise SchemaError(f"{self.rows} rows make no whole batch of {batch_rows}; ask for smaller ones, or keep the last")
@@ -104,12 +105,12 @@ class Batches:
         return f"<Batches of {', '.join(self.columns)}: {shape}; epoch {self.epoch}, {self.position} done>"
 
     def _identity(self) -> Json:
-        """All that decides which rows come when. `blocks` stands for the examples chosen and where their rows lie."""
+        """All that decides which rows come when. `places` stands for the examples chosen and where their rows lie."""
         return {
             "run": self._run,
             "columns": self.columns,
             "rows": self.rows,
-            "blocks": hashlib.sha256(self._order.edges.astype("<i8").tobytes()).hexdigest()[:16],
+            "places": self._places,
             "batch_rows": self._order.batch_rows,
             "shuffle": self._shuffle,
             "seed": self._order.seed,
