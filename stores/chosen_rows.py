@@ -30,7 +30,8 @@ class ChosenRows:
     @property
     def places(self) -> bytes:
         """What tells these rows from others of the column."""
-        return self._here.tobytes() + self._there.tobytes()
+        found: bytes = self._here.tobytes() + self._there.tobytes()
+        return found
 
     def edges(self) -> Array:
         """First rows of the blocks that lie in one chunk each, and the number of rows at the end; int64."""
