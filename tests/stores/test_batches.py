@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from strategies import random_values, same_bits, seeds, small_chunks, writer_at
 
 from tensortape.stores import Run, open_run
+from tensortape.stores import batches as batching
 from tensortape.stores.batches import Batches
 from tensortape.stores.errors import MissingExampleError, NotARunError, SchemaError, UnknownColumnError
 from tensortape.stores.row_order import RowOrder
@@ -186,6 +187,13 @@ def test_batches_are_never_overwritten(run):
         assert all(map(same_bits, kept, copies))
         kept[0][:] = -1
         assert -1 not in flat(batches)
+
+
+def test_a_buffer_that_nobody_asked_for_stays_small(run, monkeypatch):
+    assert run.batches("token/wide", 5).state_dict()["buffer_rows"] == 80
+    monkeypatch.setattr(batching, "MIXED_BYTES", 1000)  # rows have 44 bytes
+    assert run.batches("token/wide", 5).state_dict()["buffer_rows"] == 22
+    assert run.batches(["token/wide", "token/h"], 50).state_dict()["buffer_rows"] == 50
 
 
 # Going on.
