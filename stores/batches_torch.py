@@ -28,7 +28,7 @@ class BatchSet(IterableDataset[Any]):
             yield _tensors(batches[number])
 
     def _in_worker(self) -> Batches:
-        """A copy that opens the run anew, as where workers are spawned: a forked one shares locks and connections with its parent."""
+        """A copy that opens the run anew, as in spawned workers: a forked one shares locks and connections with its parent."""
         if self._begun:
             raise ValueError("persistent_workers=True would repeat the epoch; let workers be started anew for each one")
         self._begun = True

@@ -34,7 +34,9 @@ class Mixed:
     def __init__(self, sources: Sequence[ChosenRows], order: RowOrder) -> None:
         self._sources = sources
         self._order = order
-        self._forget()
+        self._held: tuple[int, int] | None = None
+        self._rows: list[Array] = []
+        self._mixing = np.empty(0, np.int64)
 
     def batch(self, epoch: int, number: int) -> list[Array]:
         """One array per source; new ones."""
@@ -50,11 +52,6 @@ class Mixed:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Mixed.__init__(self, **state)
-
-    def _forget(self) -> None:
-        self._held: tuple[int, int] | None = None
-        self._rows: list[Array] = []
-        self._mixing = np.empty(0, np.int64)
 
     def _fill(self, epoch: int, group: int) -> None:
         self._held = None  # until it is whole
