@@ -21,7 +21,7 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from tensortape.stores import Column, Run
+from tensortape.stores import Column, Run, Table, names
 from tensortape.stores.dtypes import Array
 from tensortape.stores.patterns import Alias
 
@@ -46,7 +46,7 @@ def fit_probes(
 
     Args:
         run: an open run.
-        labels: a column of the token table; -100 and empty text are missing.
+        labels: a column of the token table, or of the table of a sample of tokens; -100 and empty text are missing.
         sites: which recorded sites; see `Run.select`.
         groups: the example column whose values must not be split between training and test; by default `example/document` where
             there is one, else each example is its own group.
@@ -55,15 +55,17 @@ def fit_probes(
         seed: of the split, the sample and the solver.
 
     Raises:
-        LabelError: fewer than two classes, or fewer than two groups. UnknownColumnError: no such column or site.
+        LabelError: fewer than two classes, fewer than two groups, or sites that are recorded on other rows than the labels.
+        UnknownColumnError: no such column or site.
     """
-    columns = run.select(sites)
+    table = run.tables[names.split(run[labels].name)[0]]
+    columns = _on_rows_of(table, run.select(sites))
     y, rows = _labelled(run[labels])
-    owner = _groups(run, groups)[_examples(run)[rows]]
+    owner = _groups(run, groups)[_examples(table)[rows]]
     train, test = _split(rows, owner, test_share, max_rows, seed)
     of_row = dict(zip(rows.tolist(), y.tolist(), strict=True))
     known, held_out = (np.array([of_row[row] for row in part]) for part in (train.tolist(), test.tolist()))
-    types = run["token/input_ids"] if "input_ids" in run.tables["token"] else None
+    types = table.get("input_ids")
     return ProbeReport(
         labels=labels,
         classes=tuple(sorted(set(map(str, known)))),
@@ -85,9 +87,21 @@ def _labelled(column: Column) -> tuple[Array, Array]:
     return values[rows], rows
 
 
-def _examples(run: Run) -> Array:
-    """Example of every token row."""
-    lengths = np.maximum(run.tables["token"].lengths, 0)
+def _on_rows_of(table: Table, columns: list[Column]) -> list[Column]:
+    """The columns; LabelError if one has its values on other rows."""
+    for column in columns:
+        other = names.split(column.name)[0]
+        if other != table.name:
+            raise LabelError(
+                f"{column.name!r} has values on the rows of {other!r}, the labels on those of {table.name!r}; give labels of "
+                f"{other!r}, or select other sites"
+            )
+    return columns
+
+
+def _examples(table: Table) -> Array:
+    """Example of every row."""
+    lengths = np.maximum(table.lengths, 0)
     return np.repeat(np.arange(len(lengths)), lengths)
 
 

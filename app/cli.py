@@ -27,6 +27,7 @@ def record(
     sites: Annotated[list[str], typer.Option(help="What to record, or 'none'; may be given several times.")] = ["resid_post"],  # noqa: B006
     attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,
+    sample_tokens: Annotated[float | None, typer.Option(help="Only this share of each example's tokens, at the sites.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text files or folders of them.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A Hugging Face data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
@@ -40,6 +41,7 @@ def record(
     max_length: Annotated[int | None, typer.Option(help="Most tokens per example.")] = None,
     overflow: Annotated[str, typer.Option(help="For longer texts: error, truncate or window.")] = "window",
     mode: Annotated[str, typer.Option(help="create, resume or overwrite.")] = "create",
+    budget: Annotated[float, typer.Option(help="Bytes of host memory for buffers.")] = 512 * 2**20,
     as_json: AsJson = False,
 ) -> None:
     """Record a model over texts."""
@@ -62,15 +64,60 @@ def record(
         tokenizer=tokenizer,
         ids=[id_ for id_, _ in found],
         to=to,
-        sites=differentiated.selection(loaded, sites, attention, gradients=gradients),
+        sites=differentiated.selection(loaded, sites, attention, gradients=gradients, sample_tokens=sample_tokens),
         targets=differentiated.next_token_loss(loaded) if gradients else None,
         batch_size=batch_size,
         batch_tokens=batch_tokens,
         max_length=max_length,
         overflow=overflow,  # type: ignore[arg-type]
         mode=mode,  # type: ignore[arg-type]
+        memory_budget=int(budget),
     )
     _print(show.info(run), show.info_lines, as_json=as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Model name or folder, or 'demo'; only its config is read.")],
+    tokens: Annotated[float, typer.Option(help="How many tokens, such as 1e9.")],
+    sites: Annotated[list[str], typer.Option(help="What to record, or 'none'; may be given several times.")] = ["resid_post"],  # noqa: B006
+    attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
+    gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,
+    sample_tokens: Annotated[float | None, typer.Option(help="Only this share of each example's tokens, at the sites.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="The dtype the model would be loaded in.")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Most positions per batch.")] = 4096,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per example; by default the model's most, up to 2,048.")] = None,
+    budget: Annotated[float, typer.Option(help="Bytes of host memory for buffers.")] = 512 * 2**20,
+    gpus: Annotated[int, typer.Option(help="How many GPUs compute at once.")] = 1,
+    gpu_flops: Annotated[float, typer.Option(help="What one GPU achieves, in floating-point operations per second.")] = 3e14,
+    gpu_tokens_per_second: Annotated[float | None, typer.Option(help="Measured tokens per second of one GPU instead.")] = None,
+    gpu_price: Annotated[float, typer.Option(help="USD per GPU and hour.")] = 2.5,
+    disk_bytes_per_second: Annotated[float, typer.Option(help="What all disks together write.")] = 2e9,
+    storage_price: Annotated[float, typer.Option(help="USD per GB and month.")] = 0.023,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recording will take in bytes, files, memory, time and money, before anything runs."""
+    from . import costs, differentiated, models
+    from . import plan as planning
+
+    differentiated.check_attention(attention)
+    built = models.without_weights(model, revision=revision, dtype=dtype)
+    rates = costs.Rates(gpus, gpu_flops, gpu_tokens_per_second, gpu_price, disk_bytes_per_second, storage_price)
+    plans = [
+        planning.plan(
+            built,
+            differentiated.selection(built, sites, kind, gradients=gradients, sample_tokens=sample_tokens),
+            int(tokens),
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            budget=int(budget),
+            rates=rates,
+        )
+        for kind in (("qk", "weights") if attention == "auto" else (attention,))
+    ]
+    found = min(plans, key=lambda one: one.nbytes)
+    _print(found.to_json() if as_json else found, planning.lines, as_json=as_json)
 
 
 @app.command()
@@ -107,15 +154,40 @@ def head(
 
 
 @app.command()
-def verify(run: RunPath, as_json: AsJson = False) -> None:
+def verify(
+    run: RunPath,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at sizes only, and at everything that is not values.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Read everything a run holds and compare it with what was committed; exit code 1 if anything is damaged."""
     from dataclasses import asdict
 
     from tensortape.stores.verify import verify_run
 
-    found = verify_run(run)
+    found = verify_run(run, quick=quick)
     _print({**asdict(found), "ok": found.ok}, lambda _: [repr(found)[1:-1] if found.ok else repr(found)], as_json=as_json)
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def repair(run: RunPath, as_json: AsJson = False) -> None:
+    """Make a damaged run readable again: give up, by name, the examples whose values are damaged, and keep all others."""
+    from dataclasses import asdict
+
+    from tensortape.stores.repair import repair_run
+
+    from . import show
+
+    _print(asdict(repair_run(run)), show.repair_lines, as_json=as_json)
+
+
+@app.command()
+def gc(run: RunPath, as_json: AsJson = False) -> None:
+    """Remove what killed writers left behind; nothing that was committed, and nothing of a part that may have a writer."""
+    from tensortape.stores.leftovers import remove_leftovers
+
+    removed = remove_leftovers(run)
+    _print({"removed": removed}, lambda found: [*found["removed"], f"{len(found['removed'])} files removed"], as_json=as_json)
 
 
 @app.command()

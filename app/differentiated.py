@@ -14,13 +14,19 @@ from tensortape.instrument.sites import resolve
 ATTENTION = ("none", "qk", "weights", "auto")
 
 
-def selection(model: nn.Module, sites: Sequence[str], attention: str, *, gradients: bool) -> list[str | Site]:
-    """The sites asked for (`none` for none); with gradients, also the gradient at each, and what saliency is rebuilt from."""
+def selection(
+    model: nn.Module, sites: Sequence[str], attention: str, *, gradients: bool, sample_tokens: float | None = None
+) -> list[Site]:
+    """The sites asked for (`none` for none); with gradients, also the gradient at each, and what saliency is rebuilt from.
+
+    Args:
+        sample_tokens: the share of each example's tokens that sites other than attention are recorded at, if not 1.
+    """
     plain = [site for site in sites if site != "none"]
     taps = [tap for tap in resolve(model, plain) if not tap.site.is_attention] if plain and gradients else []
     graded = [f"{tap.path}{'' if tap.call is None else f'#{tap.call}'}:{tap.port}.grad" for tap in taps if not tap.site.is_gradient]
     attended = [] if attention == "none" else [Site("attention.grad" if gradients else "attention", store=attention)]  # type: ignore[arg-type]
-    return [*plain, *graded, *attended]
+    return [*(Site(site, sample_tokens=sample_tokens) for site in (*plain, *graded)), *attended]
 
 
 def check_attention(attention: str) -> None:

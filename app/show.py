@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,19 @@ def info_lines(found: Json) -> Iterable[str]:
     for name, table in found["tables"].items():
         yield f"table {name}: {table['rows']} rows"
         for column in table["columns"]:
-            warning = f"  {column['nonfinite']} rows with NaN or infinity" if column["nonfinite"] else ""
-            shape = f"[{', '.join(map(str, column['shape']))}]"
-            yield f"  {column['name']:<44} {column['dtype']:<9} {shape:<16} {megabytes(column['bytes']):>10}{warning}"
+            shape, notes = f"[{', '.join(map(str, column['shape']))}]", "".join(_notes(column))
+            yield f"  {column['name']:<44} {column['dtype']:<9} {shape:<16} {megabytes(column['bytes']):>10}{notes}"
+
+
+def repair_lines(found: Json) -> Iterable[str]:
+    """What a repair has done, for people."""
+    yield from (f"replaced {path}" for path in found["replaced"])
+    if found["withdrawn"]:
+        named = ", ".join(map(repr, found["withdrawn"][:20])) + (", ..." if len(found["withdrawn"]) > 20 else "")
+        yield f"{len(found['withdrawn'])} examples withdrawn: {named}; record them again with mode='resume'"
+    yield from (f"lost {path}: copy it back from another run of the same model" for path in found["lost"])
+    kept = f"; what was there before lies in {found['quarantine']}" if found["replaced"] else ""
+    yield f"{found['path']}: {len(found['replaced'])} objects replaced{kept}"
 
 
 def head(run: Run, *, examples: int, tokens: int, sites: list[str] | None, tokenizer: Any) -> list[Json]:
@@ -108,7 +118,27 @@ def _part(part: Any) -> Json:
 def _column(column: Column, nonfinite: int) -> Json:
     dtype = "text" if column.dtype == object else column.dtype.name
     short = column.name.partition("/")[2]
-    return {"name": short, "dtype": dtype, "shape": list(column.shape), "bytes": column.nbytes, "nonfinite": nonfinite}
+    cost = column.quantization
+    return {
+        "name": short,
+        "dtype": dtype,
+        "shape": list(column.shape),
+        "bytes": column.nbytes,
+        "compress": column.compress,
+        "stored_bytes": column.stored_bytes,
+        "quantization": None if cost is None else {"relative_rms": cost.relative_rms, "largest_error": cost.largest_error},
+        "nonfinite": nonfinite,
+    }
+
+
+def _notes(column: Json) -> Iterator[str]:
+    """What else there is to say of a column."""
+    if column["compress"] != "none":
+        yield f"  {column['compress']}: {megabytes(column['stored_bytes'])} stored"
+    if column["quantization"]:
+        yield f"  int8: relative RMS error {100 * column['quantization']['relative_rms']:.2g} %"
+    if column["nonfinite"]:
+        yield f"  {column['nonfinite']} rows with NaN or infinity"
 
 
 def _nonfinite(run: Run) -> dict[str, int]:
@@ -120,8 +150,8 @@ def _nonfinite(run: Run) -> dict[str, int]:
 
 
 def _amplification(run: Run) -> float:
-    """Bytes written, rewritten tails and checksums included, per byte of values."""
-    return sum(part.written for part in run.parts) / max(run.nbytes, 1)
+    """Bytes written to shards, rewritten tails included, per byte of the shards that are there."""
+    return sum(part.written for part in run.parts) / max(run.stored_bytes, 1)
 
 
 def _example(run: Run, number: int, columns: list[Column], most: int, tokenizer: Any) -> Json:

@@ -188,8 +188,8 @@ def table(length: int) -> list[str]:
     cost = f"{pairs[REPETITIONS // 2]:.2f} (middle half {pairs[REPETITIONS // 4]:.2f} to {pairs[-1 - REPETITIONS // 4]:.2f})"
     lines += [
         "",
-        f"q and k by the crossover formula: {formula / 1e6:.1f} MB. Recorded against bare forward and raw write, in pairs: {cost}. One "
-        f"layer's weights are rebuilt in {1e3 * rebuilt(length):.0f} ms.",
+        f"q and k by the crossover formula: {formula / 1e6:.1f} MB. Recorded against bare forward and raw write, in pairs: {cost}. "
+        f"One layer's weights are rebuilt in {1e3 * rebuilt(length):.0f} ms.",
     ]
     return lines
 

@@ -21,6 +21,7 @@ from .attention.facts import Attended
 from .cache_rows import CacheRows
 from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions, with_padding_mask
 from .capture import Capture, Pins, capture, nonfinite_rows
+from .draws import Draws
 from .errors import BatchError, ForwardError
 from .gradients import added, split_scale
 from .labels import label_columns
@@ -183,16 +184,17 @@ class Batch:
         ids = self._ids(found)
         columns: dict[str, Any] = dict(_bookkeeping(found))
         lengths: dict[str, Any] = {table_of(name): stream.lengths for name, stream in found.streams.items()}
-        nonfinite = {}
-        for taken in found.captures.values():
+        nonfinite, draws = {}, Draws(ids)
+        for taken in map(draws.of, found.captures.values()):
             columns[taken.column] = as_numpy(taken.rows)
             nonfinite[taken.column] = nonfinite_rows(taken.rows)
-            if taken.tap.options.missing == "absent" or taken.keys is not None:
+            if taken.owns_table:
                 lengths[split(taken.column)[0]] = taken.lengths or [1] * len(ids)
         for column in known.keys() - columns.keys():
             columns[column], lengths[split(column)[0]] = known[column], [0] * len(ids)
         by_table = {table_of(name): stream for name, stream in found.streams.items()}
-        columns.update(label_columns(self.given.labels, by_table, len(ids)))
+        labels = label_columns(self.given.labels, by_table, len(ids))
+        columns.update({**labels, **draws.beside({**_bookkeeping(found), **labels})})
         used = {split(name)[0] for name, values in columns.items() if not isinstance(values, list)}
         return Rows(ids, columns, {name: lengths[name] for name in lengths if name in used}, nonfinite)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from tensortape.stores.patterns import Alias, SiteName
+from tensortape.stores.patterns import Alias, SiteName, is_companion
 
 from .anatomy import Stack
 from .errors import BatchError, LayoutError
 from .layouts import Layout, infer
 from .reduce import at_positions, reduced
+from .sampling import Sample
 from .sites import Tap
 from .streams import MAIN, Stream, table_of
 
@@ -52,11 +53,28 @@ class Capture:
         return f"{self._table}/{name}"
 
     @property
+    def sample(self) -> Sample | None:
+        """Which of the rows are stored, where not all are."""
+        return self.tap.options.sample
+
+    @property
+    def owns_table(self) -> bool:
+        """Whether the table is of rows that no stream of tokens has."""
+        sampled = self.sample is not None and self.lengths is not None
+        return self.tap.options.missing == "absent" or self.keys is not None or sampled
+
+    @property
+    def is_companion(self) -> bool:
+        """Whether the rows only go with others of the site (a scale, which keys a query sees) rather than being its values."""
+        return is_companion(self.site.port, self.suffix)
+
+    @property
     def _table(self) -> str:
         if self.lengths is None:
             return "example"
         if self.keys is None:
-            return table_of(self.layout.stream)
+            whole = table_of(self.layout.stream)
+            return whole if self.sample is None else self.sample.table(whole)
         streams = self.layout.stream, self.keys.stream
         return "pair" if streams == (MAIN, MAIN) else f"pair.{streams[0]}.{streams[1]}"
 
@@ -152,7 +170,12 @@ def capture(
     if tap.options.positions is not None and lengths is not None:
         suffix = f"positions={','.join(map(str, tap.options.positions))}"
         kept, lengths = at_positions(kept, lengths, tap.options.positions), None
-    return Capture(tap, site, layout, kept, lengths, suffix)
+    about: dict[str, Any] = {}
+    if tap.options.sample is not None:
+        if lengths is None:
+            raise LayoutError(f"site {site} has one row per example, so sample_tokens= has no tokens to draw from")
+        suffix, about["sample"] = tap.options.sample.name, tap.options.sample.to_json()
+    return Capture(tap, site, layout, kept, lengths, suffix, about=about)
 
 
 def _attention_of(stack: Stack, site: SiteName, *, cross: bool) -> Iterator[Alias]:

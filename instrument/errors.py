@@ -6,6 +6,7 @@ InstrumentError
 ├── BatchError (ValueError)             ids, labels, mask or tokens do not fit the batch
 ├── ForwardError (RuntimeError)         no forward, or one too many, in a batch context
 ├── AttentionError (RuntimeError)       attention that was not seen, or that what was seen does not explain
+├── SessionError (RuntimeError)         recorders of several processes that nothing connects
 ├── CompiledModelError (RuntimeError)   hooks would be ignored by a model that is already compiled
 └── UnsupportedModelError (TypeError)   a wrapper that cannot be recorded
 """
@@ -35,6 +36,10 @@ class ForwardError(InstrumentError, RuntimeError):
 
 class AttentionError(InstrumentError, RuntimeError):
     """Attention that was not seen, or that what was seen does not explain."""
+
+
+class SessionError(InstrumentError, RuntimeError):
+    """Recorders of several processes that nothing connects."""
 
 
 class CompiledModelError(InstrumentError, RuntimeError):

@@ -38,11 +38,23 @@ def fingerprint(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a sharded parameter: this rank's shard
-            flat = local.detach().reshape(-1)
-            sample = as_numpy(flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()).view("u1")
-            found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {google_crc32c.value(sample)}\n".encode())
+            found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sampled(tensor)}\n".encode())
     return found.hexdigest()
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """A digest of what a tokenizer calls which number; of its text, where it has no vocabulary."""
+    known = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {repr(tokenizer): 0}
+    return hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()
+
+
+def _sampled(tensor: torch.Tensor) -> str:
+    """A checksum of an even sample of values. A rank has only a piece of a sharded tensor, so that one is known by shape alone."""
+    if hasattr(tensor, "to_local"):
+        return "sharded"
+    flat = tensor.detach().reshape(-1)
+    sample = as_numpy(flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()).view("u1")
+    return str(google_crc32c.value(sample))
 
 
 def _class_name(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tensortape.stores import RunWriter, keys, layout
+from tensortape.stores import RunWriter, cadence, keys, layout
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
@@ -23,7 +23,8 @@ from .errors import BatchError, ForwardError
 from .modules import is_compiled, refuse_compiled, unwrapped
 from .provenance import about
 from .rows import Rows, keep
-from .sites import Selection, aliases_by_site, resolve
+from .session import session_of
+from .sites import Selection, Tap, aliases_by_site, resolve
 from .steps import Key, Step
 from .taps import TapSet
 from .targets import Reduction, Target
@@ -49,10 +50,15 @@ class Recorder:
         model: any torch module; DDP, FSDP and torch.compile wrappers are looked through.
         sites: one pattern, `Site` or callable `(path, module) -> ports`, or a list of them; see `tensortape.stores.patterns`.
         to: the run's folder.
-        mode: `create` refuses a path that exists, `resume` continues a run and leaves out examples it has already, `overwrite`
-            renames an existing run aside.
+        mode: `create` refuses a path that exists; `resume` continues a run: it adds examples, and to examples the run has already
+            the sites it has not, and seals what a recorder that is gone left open; `overwrite` renames an existing run aside.
         durability: `fsync` or `rename`, as for `RunWriter`.
-        memory_budget: bytes that buffered rows may take on the host.
+        memory_budget: bytes that buffered rows, and batches that wait to be written, may take on the host.
+        background: write in a thread of its own, while the model goes on; what fails there is raised by the next batch.
+        session: what recorders that belong together have in common. The ranks of a process group agree on one by themselves; each
+            writes a part of its own, and readers see one run.
+        fingerprint: more that a resumed recording must agree with, besides the model's weights; a JSON object.
+        commit_seconds, commit_bytes: as for `RunWriter`.
         recompile: if the model is compiled already, reset torch.compile so that it is compiled anew with the hooks.
 
     Raises:
@@ -69,6 +75,11 @@ class Recorder:
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
         recompile: bool = False,
+        background: bool = True,
+        session: str | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        commit_seconds: float = cadence.SLOWEST,
+        commit_bytes: int | None = None,
     ) -> None:
         refuse_compiled(model, recompile=recompile)
         self._model = unwrapped(model)
@@ -80,7 +91,21 @@ class Recorder:
         self._known: dict[str, Any] = {}
         self._batch: Batch | None = None
         self._resumes = mode == "resume"
-        self.writer = RunWriter(to, mode=mode, durability=durability, memory_budget=memory_budget, about=about(self._model))
+        said = about(self._model)
+        found = session_of(os.fspath(to), session)
+        self.writer = RunWriter(
+            to,
+            mode=mode,
+            durability=durability,
+            memory_budget=memory_budget,
+            about={**said, "fingerprint": {**said["fingerprint"], **(fingerprint or {})}},
+            session=found.name,
+            rank=found.rank,
+            world_size=found.world_size,
+            background=background,
+            commit_seconds=commit_seconds,
+            commit_bytes=commit_bytes,
+        )
 
     @property
     def has_gradients(self) -> bool:
@@ -191,38 +216,51 @@ class Recorder:
         """Whether a resumed run holds every example of a batch already."""
         if not self._resumes or given.examples is None:
             return False
-        return all(id_ in self.writer.committed_ids for id_ in keys.normalise(given.ids))
+        recorded = [self._recorded_of(tap) for tap in self._taps]
+        wanted = set(given.labels).union(*recorded)
+        return all(recorded) and not any(self.writer.missing(wanted, id_) for id_ in keys.normalise(given.ids))
+
+    def _recorded_of(self, tap: Tap) -> set[str]:
+        """The columns a resumed run has of a tap."""
+        columns = self.writer.columns.items()
+        return {name for name, column in columns if column.site is not None and column.site.get("tap") == tap.asked}
 
     def _write(self, batch: Batch) -> None:
         found = batch.whole()
         batch.check(found, self._taps, self._expected)
         self._pins.check_targets(found.captures.values())
-        rows = self._new_only(batch.rows(found, self._known))
+        rows = batch.rows(found, self._known)
         if self._expected is None:
             self._learn(found, rows)
         expected = self._expected or set(found.captures)
         found.captures.clear()
         batch.forget()
-        self.writer.drain(ids=rows.ids, columns=rows.columns, lengths=rows.lengths, nonfinite=rows.nonfinite)
+        for new in self._new_only(rows):
+            self.writer.drain(ids=new.ids, columns=new.columns, lengths=new.lengths, nonfinite=new.nonfinite)
         self._expected = expected
 
-    def _new_only(self, rows: Rows) -> Rows:
+    def _new_only(self, rows: Rows) -> list[Rows]:
+        """What a resumed run does not have yet, together for examples that miss the same columns."""
         if not self._resumes:
-            return rows
-        wanted = np.array([id_ not in self.writer.committed_ids for id_ in rows.ids])
-        return rows if wanted.all() else keep(rows, wanted)
+            return [rows]
+        missing = [self.writer.missing(rows.columns, id_) for id_ in rows.ids]
+        return [
+            keep(rows, np.array([other == columns for other in missing]), columns) for columns in dict.fromkeys(missing) if columns
+        ]
 
     def _learn(self, found: Step, rows: Rows) -> None:
         """After the first batch: say what each column is, and remember what an absent one looks like."""
         for taken in found.captures.values():
-            self.writer.describe(taken.column, site=self._described(taken))
-            if taken.tap.options.missing == "absent":
+            options = taken.tap.options
+            smaller: dict[str, Any] = {} if taken.is_companion else {"compress": options.compress, "quantize": options.quantize}
+            self.writer.describe(taken.column, site=self._described(taken), **smaller)
+            if options.missing == "absent":
                 self._known[taken.column] = rows.columns[taken.column][:0]
 
     def _described(self, taken: Capture) -> dict[str, Any]:
         site = taken.site
         aliases = self._pins.aliases_of(site, cross=bool(taken.about.get("cross")))
-        said: dict[str, Any] = {name: taken.about[name] for name in ("attention", "scaled") if name in taken.about}
+        said: dict[str, Any] = {name: taken.about[name] for name in ("attention", "scaled", "sample") if name in taken.about}
         return {
             "path": site.path,
             "port": site.port,
@@ -230,6 +268,7 @@ class Recorder:
             "aliases": [[alias.stack, alias.name, alias.layer, alias.depth] for alias in aliases],
             "layout": str(taken.layout),
             "reduce": taken.suffix,
+            "tap": taken.tap.asked,
             "target": taken.about.get("target"),
             **said,
         }

@@ -10,23 +10,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from tensortape.stores import Run, keys, layout, open_run
+from tensortape.stores import Run, layout, open_run
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
 from .batch import Batch
+from .corpus import Corpus, corpus
 from .differentiation import differentiate
 from .errors import BatchError
 from .modules import unwrapped
+from .provenance import vocabulary
 from .recorder import Recorder
+from .room import Room
 from .sites import Selection
 from .targets import Targets
-from .texts import Example, Overflow, batches, pad_id, padded, tokenized
+from .texts import Example, Overflow, batches, labels_of, pad_id, padded
 
 BATCH_TOKENS = 4096
 
@@ -51,6 +53,8 @@ def record(
     recompile: bool = False,
     progress: bool | None = None,
     targets: Targets | None = None,
+    session: str | None = None,
+    check_disk: bool = True,
 ) -> Run:
     """Run a model over texts, or over a loader's batches, and record chosen sites.
 
@@ -71,21 +75,34 @@ def record(
             `<id>:<first token>` and the text's id in `example/document`.
         batch_tokens, batch_size: most positions, pads included, and most examples per batch of texts.
         keep_text: also store each example's text and each token's character span in it.
-        mode, durability, memory_budget, recompile: as for `Recorder`.
+        mode, durability, memory_budget, recompile, session: as for `Recorder`.
         progress: show a progress bar; by default on a terminal.
         targets: for sites with gradients: name to a function of (outputs, batch) that gives one value per example, [examples]. Each
             is summed and differentiated in a backward of its own, which leaves every `.grad` alone; gradients go to columns
             `...@<name>`, values to `example/target.<name>`. Examples must not interact in the model.
+        check_disk: estimate after the first batch what the rest will take, and refuse to go on where the disk has no room for it.
+            What a loader without a length will give is not known.
 
     A key named in `ids` or `labels` is withheld from the model unless its forward takes an argument of that name.
 
     Returns:
         The run, open for reading.
+
+    Raises:
+        DiskShortError: the first batch is recorded; `mode="resume"` goes on once there is room. Whatever `Recorder` raises.
     """
     is_text = tokenizer is not None or _is_text(data)
-    examples = _examples(data, tokenizer, ids, labels or {}, max_length, overflow) if is_text else iter(())
+    texts = corpus(data, tokenizer, ids, labels or {}, max_length, overflow) if is_text else None
     recorder = Recorder(
-        model, sites=sites, to=to, mode=mode, durability=durability, memory_budget=memory_budget, recompile=recompile
+        model,
+        sites=sites,
+        to=to,
+        mode=mode,
+        durability=durability,
+        memory_budget=memory_budget,
+        recompile=recompile,
+        session=session,
+        fingerprint={"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {},
     )
     if recorder.has_gradients != bool(targets):
         raise ValueError(
@@ -94,90 +111,41 @@ def record(
             else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
         )
     with recorder, _inference(unwrapped(model)):
-        if is_text:
-            groups = batches(examples, batch_tokens, batch_size)
+        unknown = texts is not None and isinstance(ids, str) and len(recorder.writer.committed_ids) > 0  # which texts remain
+        room = Room(recorder.writer, due=check_disk and not unknown)
+        if texts is not None:
+            groups = batches(texts.examples(), batch_tokens, batch_size)
             _keep_tokenizer(recorder, tokenizer)
-            _record_texts(recorder, model, groups, pad_id(tokenizer), ids, targets or {}, keep_text=keep_text, progress=progress)
+            _record_texts(recorder, model, texts, groups, ids, targets or {}, room, keep_text=keep_text, progress=progress)
         else:
-            _record_loader(recorder, model, data, ids, labels or {}, targets or {}, progress=progress)
+            _record_loader(recorder, model, data, ids, labels or {}, targets or {}, room, progress=progress)
     return open_run(Path(to))
-
-
-def _examples(
-    data: Any, tokenizer: Any, ids: Any, labels: Mapping[str, Any], max_length: int | None, overflow: Overflow
-) -> Iterator[Example]:
-    texts = [data] if isinstance(data, str) else list(data)
-    if not texts:
-        raise BatchError("there is nothing to record: no texts were given")
-    if tokenizer is None:
-        raise BatchError("texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
-    if not all(isinstance(text, str) for text in texts):
-        raise BatchError("with a tokenizer, data must be texts; leave the tokenizer out to record a loader of dicts")
-    if overflow not in ("error", "truncate", "window"):
-        raise ValueError(f"overflow is 'error', 'truncate' or 'window', not {overflow!r}")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is a number of tokens, at least 1; got {max_length}")
-    limit = max_length if max_length is not None else _limit(tokenizer)
-    given = {name: _label_values(name, values, len(texts)) for name, values in labels.items()}
-    return tokenized(texts, tokenizer, ids=_ids_of_texts(ids, len(texts)), labels=given, max_length=limit, overflow=overflow)
-
-
-def _ids_of_texts(ids: Any, count: int) -> list[str | int]:
-    if ids is None or (isinstance(ids, str) and ids == "content"):
-        return list(range(count))
-    if isinstance(ids, str):
-        raise BatchError(f"ids of texts are one per text, or 'content'; got {ids!r}")
-    found: list[str | int] = list(keys.normalise(ids))
-    if len(found) != count:
-        raise BatchError(f"{len(found)} ids were given for {count} texts")
-    return found
-
-
-def _label_values(name: str, values: Any, count: int) -> Any:
-    """Labels of texts: a function, or one entry per text; numbers in one dtype, whatever batch they come to."""
-    if callable(values):
-        return values
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != count:
-        raise BatchError(f"labels {name!r} must be a function, or one entry per text, {count} in all; got {values!r}"[:400])
-    plain = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
-    return np.asarray(values) if plain else values
-
-
-def _limit(tokenizer: Any) -> int | None:
-    """The tokenizer's own limit; transformers writes an astronomical number where there is none."""
-    return tokenizer.model_max_length if tokenizer.model_max_length < 1 << 30 else None
 
 
 def _record_texts(
     recorder: Recorder,
     model: nn.Module,
+    texts: Corpus,
     groups: Iterator[list[Example]],
-    pad: int,
     ids: Any,
     targets: Targets,
+    room: Room,
     *,
     keep_text: bool,
     progress: bool | None,
 ) -> None:
-    device = _device(model)
+    device, pad, left = _device(model), pad_id(texts.tokenizer), texts.left(recorder.writer.committed_ids)
     with _bar(progress, "token") as bar:
         for group in groups:
             given: Any = "content" if isinstance(ids, str) else [example.id for example in group]
-            with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
+            with recorder.batch(ids=given, labels=labels_of(group, keep_text=keep_text)) as batch:
                 if batch.recorded:
                     inputs = padded(group, pad, device)
                     _forward(recorder, batch, model, inputs, targets, inputs)
-            bar.update(sum(len(example.tokens) for example in group))
-
-
-def _labels(group: list[Example], *, keep_text: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {name: [example.labels[name] for example in group] for name in group[0].labels}
-    if keep_text:
-        found["example/text"] = [example.text for example in group]
-        if all(example.offsets is not None for example in group):
-            offsets = [torch.tensor(example.offsets, dtype=torch.int32).reshape(-1, 2) for example in group]
-            found["token/char.start"], found["token/char.end"] = [o[:, 0] for o in offsets], [o[:, 1] for o in offsets]
-    return found
+            tokens = sum(len(example.tokens) for example in group)
+            if batch.recorded and room.due and tokens:
+                room.check(tokens, texts.expected_tokens(left, group) - tokens)
+            bar.update(tokens)
 
 
 def _record_loader(
@@ -187,15 +155,16 @@ def _record_loader(
     ids: Any,
     labels: Mapping[str, str],
     targets: Targets,
+    room: Room,
     *,
     progress: bool | None,
 ) -> None:
     if not isinstance(ids, str):
         raise BatchError("ids are missing: name the key of the loader's dicts that holds them (ids='id'), or pass ids='content'")
     device, taken = _device(model), _parameters(model)
-    recorded = 0
-    with _bar(progress, "batch", total=_length(data)) as bar:
-        for entries in data:
+    number, total = 0, _length(data)
+    with _bar(progress, "batch", total=total) as bar:
+        for number, entries in enumerate(data, start=1):
             if not isinstance(entries, Mapping):
                 raise BatchError(f"a loader must give dicts of the model's arguments; got {type(entries).__name__}")
             named = {name: _entry(entries, key) for name, key in labels.items()}
@@ -205,9 +174,10 @@ def _record_loader(
             with recorder.batch(ids=ids if ids == "content" else _entry(entries, ids), labels=named) as batch:
                 if batch.recorded:
                     _forward(recorder, batch, model, inputs, targets, moved)
-            recorded += 1
+            if batch.recorded and room.due and total is not None:
+                room.check(1, total - number)
             bar.update()
-    if not recorded:
+    if not number:
         raise BatchError("there is nothing to record: the loader gave no batch")
 
 

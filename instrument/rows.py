@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,21 @@ class Rows:
     nonfinite: dict[str, int]
 
 
-def keep(rows: Rows, wanted: Array) -> Rows:
-    """Only some examples of a batch; `wanted` is a mask over its examples."""
+def keep(rows: Rows, wanted: Array, names: Collection[str]) -> Rows:
+    """Only some examples and columns of a batch; `wanted` is a mask over its examples."""
+    if wanted.all() and len(names) == len(rows.columns):
+        return rows
     chosen = np.flatnonzero(wanted)
     tokens = {table: np.repeat(wanted, lengths) for table, lengths in rows.lengths.items()}
     columns = {}
-    for name, values in rows.columns.items():
+    for name in (name for name in rows.columns if name in names):
+        values = rows.columns[name]
         table = split(name)[0]
         packed = is_ragged(table) and not isinstance(values, list)
         columns[name] = values[tokens[table]] if packed else [values[number] for number in chosen]
-    lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items()}
-    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items()}
+    tables = {split(name)[0] for name in columns}
+    lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items() if table in tables}
+    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items() if name in columns}
     return Rows([rows.ids[number] for number in chosen], columns, lengths, nonfinite)  # type: ignore[arg-type]
 
 

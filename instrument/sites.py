@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tensortape.stores import codecs, quantize
 from tensortape.stores.errors import SchemaError
 from tensortape.stores.patterns import FACT_PORTS, Alias, Pattern, SiteName, parse_site
 
@@ -20,6 +22,7 @@ from .errors import SiteNotFoundError
 from .layouts import Layout
 from .modules import all_names, named
 from .reduce import REDUCTIONS
+from .sampling import Sample
 
 Reduction = Literal["mean", "max", "first", "last", "entropy", "received", "flow"]
 OF_WEIGHTS = ("entropy", "received", "flow")
@@ -35,8 +38,14 @@ class Site:
         reduce: store one row per example instead of all: its mean, max, first or last token; the column is named `<site>|<reduce>`.
             Of `weights`: `entropy` in nats per query and head, `received` mass per key and head, `flow` between segments.
         dtype: cast to this dtype before storing (`float16`, `bfloat16`, `float32`); by default what the model computed.
+        compress: store compressed without loss, as `lz4` or `zstd`.
+        quantize: `int8` stores float16, bfloat16 and float32 as codes with a scale per row, a few outlying features exactly; the
+            column then says what that has cost.
         positions: store only these tokens of each example (-1 is the last): rows [chosen, *feature], one per example; NaN (-1 for
             integers) where an example is too short. The column is named `<site>|positions=<numbers>`.
+        sample_tokens: store only this share of each example's tokens, in a table of their own; see `Sample`. Sites with the same
+            share and seed have the same tokens. The column is named `<site>|sample<share>.seed<seed>`.
+        sample_seed: another seed draws other tokens.
         missing: `error` if the module does not run in some batch, or `absent`: the column then has a table of its own in which such
             examples own no rows.
         store: of `attention`, what to keep: `qk` (queries and keys; the weights themselves only where they cannot be rebuilt from
@@ -56,9 +65,15 @@ class Site:
     keys: Sequence[int] | None = None
     segments: int | None = None
     positions: Sequence[int] | None = None
+    sample_tokens: float | None = None
+    sample_seed: int = 0
+    compress: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
-        self.pinned_layout  # noqa: B018 - refuses an unknown layout where it is written
+        self.pinned_layout, self.sample  # noqa: B018 - refuse an unknown layout, and no share, where they are written
+        codecs.check(self.compress)
+        quantize.check(self.quantize)
         known = OF_WEIGHTS if self._is_of_weights else REDUCTIONS
         if self.reduce is not None and self.reduce not in known:
             raise ValueError(f"reduce is one of {', '.join(known)} at {self.pattern!r}, not {self.reduce!r}")
@@ -68,6 +83,11 @@ class Site:
             raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
         if self.positions is not None and (self.reduce is not None or self._is_of_attention):
             raise ValueError("positions= picks tokens of a module's input or output, and goes without reduce=")
+        whole = self.reduce is None and self.positions is None and self.missing == "error"
+        if self.sample_tokens is not None and (not whole or self._is_of_attention):
+            raise ValueError(
+                "sample_tokens= draws tokens of a module's input or output, and goes without reduce=, positions=, missing='absent'"
+            )
         if self.missing == "absent" and self.dtype == "float16" and SiteName("", Pattern(self.pattern).port or "out").is_gradient:
             raise ValueError(
                 "gradients in float16 have a scale per example, which missing='absent' leaves no place for; use bfloat16"
@@ -78,6 +98,11 @@ class Site:
             raise ValueError(f"dtype names a torch dtype such as 'float16', not {self.dtype!r}")
         if self.missing not in ("error", "absent"):
             raise ValueError(f"missing is 'error' or 'absent', not {self.missing!r}")
+
+    @property
+    def sample(self) -> Sample | None:
+        """The tokens asked for, where not all are."""
+        return None if self.sample_tokens is None else Sample(self.sample_tokens, self.sample_seed)
 
     @property
     def _is_of_attention(self) -> bool:
@@ -119,6 +144,13 @@ class Tap:
     def site(self) -> SiteName:
         """The site's name for the call asked for, or the first."""
         return self.name(self.call or 1)
+
+    @cached_property
+    def asked(self) -> str:
+        """What was asked for, in the words that recorded columns keep."""
+        plain = Site(self.options.pattern, compress=self.options.compress, quantize=self.options.quantize)  # not what, but how
+        options = {name: value for name, value in vars(self.options).items() if value != getattr(plain, name)}
+        return json.dumps([self.path, self.port, self.call, self.cross, options], default=list)
 
     def covers(self, path: str, call: int) -> bool:
         """Whether an attention call of this module is one of those asked for."""
@@ -255,6 +287,7 @@ def _add(found: dict[tuple[Any, ...], Tap], tap: Tap) -> None:
         _tuple(options.queries),
         _tuple(options.keys),
         _tuple(options.positions),
+        options.sample,
     )
     earlier = found.setdefault(key, tap)
     _agree(earlier, tap)
@@ -269,8 +302,8 @@ def _check_calls(taps: list[Tap]) -> None:
 
 
 def _agree(one: Tap, other: Tap) -> None:
-    options = [(tap.options.layout, tap.options.dtype, tap.options.missing, tap.options.store) for tap in (one, other)]
-    if options[0] != options[1]:
+    names = ("layout", "dtype", "missing", "store", "compress", "quantize")
+    if any(getattr(one.options, name) != getattr(other.options, name) for name in names):
         name = other.name(other.call or 1)
         raise ValueError(f"site {name} is selected twice with different options: {one.options} and {other.options}")
 

@@ -45,7 +45,7 @@ def _merged(captures: Sequence[Capture]) -> Capture:
         return first
     if first.lengths is None:
         return _of_examples(captures)
-    if first.suffix is not None and first.suffix != "entropy":
+    if first.site.is_attention and first.suffix not in (None, "entropy"):
         raise ForwardError(f"{first.column} cannot be computed over several forwards; record the whole sequence in one")
     found = _square(captures) if first.keys is not None else captures
     lengths = [taken.lengths or [] for taken in found]

@@ -75,6 +75,17 @@ def padded(group: list[Example], pad: int, device: torch.device) -> dict[str, to
     }
 
 
+def labels_of(group: list[Example], *, keep_text: bool) -> dict[str, Any]:
+    """Labels of a batch of texts; with `keep_text` also the texts and each token's character span."""
+    found: dict[str, Any] = {name: [example.labels[name] for example in group] for name in group[0].labels}
+    if keep_text:
+        found["example/text"] = [example.text for example in group]
+        if all(example.offsets is not None for example in group):
+            offsets = [torch.tensor(example.offsets, dtype=torch.int32).reshape(-1, 2) for example in group]
+            found["token/char.start"], found["token/char.end"] = [o[:, 0] for o in offsets], [o[:, 1] for o in offsets]
+    return found
+
+
 def pad_id(tokenizer: Any) -> int:
     """A token to pad with; masked positions are never attended to nor recorded, so any will do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)

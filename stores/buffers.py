@@ -13,8 +13,8 @@ import numpy as np
 
 from . import dtypes
 from .dtypes import Array
+from .geometry import Geometry
 from .schema import ArraySchema
-from .shards import Geometry
 
 
 class RowBuffer:
@@ -22,7 +22,7 @@ class RowBuffer:
 
     def __init__(self, schema: ArraySchema) -> None:
         self.schema = schema
-        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype))
+        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype), schema.codec)
         self.rows = 0
 
     @property
@@ -34,6 +34,11 @@ class RowBuffer:
     def held(self) -> int:
         """Rows of that shard so far."""
         return self.rows % self.geometry.shard_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a whole shard: what the buffer takes once it has taken a row."""
+        return self.geometry.shard_rows * self.geometry.chunk_row_bytes * self.geometry.pieces
 
     @property
     def held_bytes(self) -> int:

@@ -14,6 +14,7 @@ from .dtypes import TEXT, Array
 from .errors import MissingExampleError, SchemaError, UnknownColumnError
 from .index import Index, Places
 from .part_reader import PartReader
+from .quantize import Quantization
 from .schema import ColumnSchema, Json
 
 if TYPE_CHECKING:
@@ -54,8 +55,24 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values, as stored."""
+        """Bytes of all values as they are kept, before compression."""
         return sum(part.array(role).nbytes for part in self._holders for role in self._roles(part))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files they are in, checksums and indices included."""
+        return sum(part.array(role).stored_bytes for part in self._holders for role in self._roles(part))
+
+    @property
+    def compress(self) -> str:
+        """The codec of the values, or several with commas if parts differ; `none` for none."""
+        return ", ".join(dict.fromkeys(self._roles(part)[0].codec for part in self._holders))
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What quantising the column has cost, over all parts that hold it so; None for a column that is kept exactly."""
+        found = [part.state.quantization[self.name] for part in self._holders if self.name in part.state.quantization]
+        return sum(found, Quantization()) if found else None
 
     @property
     def site(self) -> Json | None:
@@ -79,8 +96,9 @@ class Column:
 
     @property
     def paths(self) -> list[str]:
-        """The Zarr arrays of the values (of the UTF-8 bytes, for text), one per part, relative to the run's root."""
-        return self.role_paths["utf8" if self._schema.dtype == TEXT else "values"]
+        """The Zarr arrays of the values (for text of the UTF-8 bytes, quantised of the codes), one per part, relative to the run's
+        root."""
+        return [f"parts/{part.state.name}/{self._roles(part)[0].path}" for part in self._holders]
 
     @property
     def role_paths(self) -> dict[str, list[str]]:

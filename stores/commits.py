@@ -6,6 +6,9 @@ file, so checking needs no canonical form of JSON. Each record carries the run's
 it; once a part is closed, `end.json` repeats the number and digest of its last record. A record states the rows of every table, and
 for every shard touched since the last record its rows and one crc32c per chunk over the committed rows; of several records that
 name a shard the last one counts.
+
+Every thousandth record and the one that closes a part are checkpoints: they name everything anew, the shards in a list beside the
+records, so that opening a part takes its last checkpoint and what came after.
 """
 
 from __future__ import annotations
@@ -13,42 +16,67 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import google_crc32c
 import numpy as np
 
 from .dtypes import Array
 from .errors import DamagedError, FormatVersionError
+from .quantize import Quantization
 from .schema import VERSION, ColumnSchema, Json
 
 _HEAD = b'{"crc32c":"%08x","record":'
 _HEAD_BYTES = len(_HEAD % 0)
-KINDS = ("commit", "closed")
+KINDS = ("commit", "closed", "sealed", "repaired")
+CHECKPOINT_EVERY = 1000
 _PLAIN = ("run", "part", "number", "previous", "kind", "document", "rows", "nonfinite", "written")
+_OPTIONAL = ("copies", "assets")
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Rows of one shard and the crc32c of the committed rows of each of its chunks."""
+    """Rows of one shard, the crc32c of the committed rows of each of its chunks, and if it is compressed the size of its file."""
 
     rows: int
     crcs: Array
+    nbytes: int | None = None
 
     def to_json(self) -> list[int | str]:
-        """Rows, then the checksums as hexadecimal digits (little-endian, 8 per chunk)."""
-        return [self.rows, self.crcs.astype("<u4").tobytes().hex()]
+        """Rows, the checksums as hexadecimal digits (little-endian, 8 per chunk), and bytes if they do not follow from the rows."""
+        size = [] if self.nbytes is None else [self.nbytes]
+        return [self.rows, self.crcs.astype("<u4").tobytes().hex(), *size]
 
     @classmethod
     def from_json(cls, document: list[int | str]) -> ShardRecord:
         """The reverse of `to_json`."""
-        rows, digits = document
-        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"))
+        rows, digits, *size = document
+        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"), *map(int, size))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Where the checkpoint list of a part holds the shards of one array: their number, bytes [start, start + size) and crc32c."""
+
+    rows: int
+    shards: int
+    start: int
+    size: int
+    crc: int
+
+    def to_json(self) -> list[int]:
+        """The five numbers."""
+        return [self.rows, self.shards, self.start, self.size, self.crc]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One commit of one part."""
+    """One commit of one part.
+
+    `copies` are texts of the run's and the part's documents by path, `assets` SHA-256 digests of files beside the tables. In a
+    checkpoint `listed` says by path where `list_file`, beside the record, has the shards of each array. `withdrawn` are spans
+    [first, count] of the part's examples that a repair gave up.
+    """
 
     run: str
     part: str
@@ -63,6 +91,17 @@ class Record:
     aligned: tuple[tuple[str, int, int], ...] = ()
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     written: int = 0
+    quantization: Mapping[str, Quantization] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    assets: Mapping[str, str] = field(default_factory=dict)
+    listed: Mapping[str, Listed] = field(default_factory=dict)
+    list_file: str = ""
+    withdrawn: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def closes(self) -> bool:
+        """Whether the part ends with this record."""
+        return self.kind != "commit"
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -84,7 +123,14 @@ class Record:
             "aligned": [list(span) for span in self.aligned],
             "nonfinite": dict(self.nonfinite),
             "written": self.written,
+            **{name: dict(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)},
+            **({"checkpoint": self._checkpoint_json()} if self.listed else {}),
+            **({"withdrawn": [list(span) for span in self.withdrawn]} if self.withdrawn else {}),
+            **({"quantization": {name: astuple(cost) for name, cost in self.quantization.items()}} if self.quantization else {}),
         }
+
+    def _checkpoint_json(self) -> Json:
+        return {"file": self.list_file, "arrays": {path: listed.to_json() for path, listed in self.listed.items()}}
 
     def _array_json(self, path: str) -> Json:
         shards = self.shards.get(path, {})
@@ -105,12 +151,18 @@ class Record:
     @classmethod
     def _from_json(cls, document: Json) -> Record:
         arrays = document["arrays"]
+        checkpoint = document.get("checkpoint", {"file": "", "arrays": {}})
         return cls(
             **{key: document[key] for key in _PLAIN},
+            **{key: document.get(key, {}) for key in _OPTIONAL},
             columns={name: ColumnSchema.from_json(name, schema) for name, schema in document["columns"].items()},
             array_rows={path: array["rows"] for path, array in arrays.items()},
             shards={path: _shards(array["shards"]) for path, array in arrays.items()},
             aligned=tuple((part, first, count) for part, first, count in document["aligned"]),
+            listed={path: Listed(*numbers) for path, numbers in checkpoint["arrays"].items()},
+            list_file=checkpoint["file"],
+            withdrawn=tuple((first, count) for first, count in document.get("withdrawn", [])),
+            quantization={name: Quantization(*cost) for name, cost in document.get("quantization", {}).items()},
         )
 
 
@@ -124,9 +176,54 @@ def end_path(part: str) -> str:
     return f"parts/{part}/end.json"
 
 
-def end(number: int, last: str) -> bytes:
-    """The file at `end_path`: number and digest of the last record."""
-    return json.dumps({"number": number, "digest": last}).encode()
+@dataclass(frozen=True)
+class End:
+    """What `end.json` states: number and digest of a part's last record, and where the records that count begin."""
+
+    number: int
+    digest: str
+    first: int = 1
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        first = {"first": self.first} if self.first != 1 else {}
+        return json.dumps({"number": self.number, "digest": self.digest, **first}).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> End:
+        """The reverse; DamagedError for anything that `encode` does not write."""
+        try:
+            found = cls(**json.loads(data))
+            if found.encode() == data and found.number >= found.first >= 1:
+                return found
+        except (ValueError, TypeError):
+            pass
+        raise DamagedError(f"{where}: what closed the part is damaged")
+
+
+def encode_lists(arrays: Mapping[str, tuple[int, Mapping[int, ShardRecord]]]) -> tuple[bytes, dict[str, Listed]]:
+    """The list of a checkpoint, and where each array is in it, out of rows and shards (numbered without gaps) of every array."""
+    pieces: list[bytes] = []
+    listed: dict[str, Listed] = {}
+    start = 0
+    for path, (rows, shards) in arrays.items():
+        found = [shards[number] for number in sorted(shards)]
+        head = np.array([(shard.rows, len(shard.crcs), -1 if shard.nbytes is None else shard.nbytes) for shard in found], "<i8")
+        piece = head.tobytes() + b"".join(shard.crcs.astype("<u4").tobytes() for shard in found)
+        listed[path] = Listed(rows, len(found), start, len(piece), google_crc32c.value(piece))
+        pieces.append(piece)
+        start += len(piece)
+    return b"".join(pieces), listed
+
+
+def decode_list(data: bytes, listed: Listed, where: str) -> dict[int, ShardRecord]:
+    """The shards of one array out of its bytes in a checkpoint's list."""
+    if len(data) != listed.size or google_crc32c.value(data) != listed.crc:
+        raise DamagedError(f"{where}: the list of shards is damaged (its checksum does not match)")
+    head = np.frombuffer(data, "<i8", 3 * listed.shards).reshape(-1, 3)
+    crcs = np.split(np.frombuffer(data, "<u4", offset=head.nbytes), np.cumsum(head[:, 1])[:-1]) if listed.shards else []
+    shards = zip(head[:, [0, 2]].tolist(), crcs, strict=True)
+    return {number: ShardRecord(rows, found, None if size < 0 else size) for number, ((rows, size), found) in enumerate(shards)}
 
 
 def digest(data: bytes) -> str:

@@ -9,6 +9,7 @@ StoreError
 ├── LostPartError (RuntimeError)          this writer's part was closed by somebody else
 ├── BrokenWriterError (RuntimeError)      an earlier failure left this writer unusable
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
+├── DiskShortError (OSError)              the disk has no room for what is to be written
 ├── SchemaError (ValueError)              what was given does not fit the run
 │   └── KeyRepeatedError                  the same example twice
 ├── GradientError (RuntimeError)          gradients that are not what an analysis needs
@@ -52,6 +53,10 @@ class BrokenWriterError(StoreError, RuntimeError):
 
 class BudgetError(StoreError, MemoryError):
     """The memory budget cannot hold one chunk per column."""
+
+
+class DiskShortError(StoreError, OSError):
+    """The disk has no room for what is to be written; nothing was."""
 
 
 class SchemaError(StoreError, ValueError):

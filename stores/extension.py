@@ -31,7 +31,7 @@ def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState
         raise SchemaError("the run holds no example yet, so there is nothing to add a column to")
     chosen = np.arange(len(index)) if ids is None else _numbers(index, keys.normalise(ids))
     document = PartDocument(run=run.uid, session=uuid.uuid4().hex, kind="extension", writer=f"tensortape {version('tensortape')}")
-    writer = PartWriter(place, document, layout.DEFAULT_BUDGET)
+    writer = PartWriter(place, lambda: document, layout.DEFAULT_BUDGET)
     column = _cells(index, name, values, chosen)
     bounds = {} if column.lengths is None else {names.split(name)[0]: column.lengths}
     given = {name: column, **start_columns(bounds, {}), **key_columns(*(column[chosen] for column in index.keys))}
@@ -65,7 +65,7 @@ def _is_packed(values: Any, rows: int) -> bool:
 def _spans(parts: list[PartState], index: Index) -> list[tuple[str, int, int]]:
     """Which parts' examples, in order, an extension over all examples lines up with; none where the order is not simply that."""
     own = [part for part in parts if not part.aligned]
-    if sum(part.examples for part in own) != len(index):
+    if sum(part.examples for part in own) != len(index) or any(part.withdrawn for part in parts):
         return []
     return [(part.name, 0, part.examples) for part in own]
 

@@ -34,10 +34,10 @@ class Index:
     @cached_property
     def numbers(self) -> list[Array]:
         """For each part the run's number of each of its examples; int64."""
-        codes = iter(np.split(self._codes, np.cumsum([part.state.examples for part in self._own])))
+        codes = iter(np.split(self._codes, np.cumsum([len(part.kept) for part in self._own])))
         by_name: dict[str, Array] = {}
         for part in self._parts:
-            by_name[part.state.name] = _aligned(part, by_name) if part.state.aligned else next(codes)
+            by_name[part.state.name] = next(codes) if part in self._own else _aligned(part, by_name)
         return list(by_name.values())
 
     @cached_property
@@ -102,7 +102,9 @@ class Index:
 
     @cached_property
     def _own(self) -> list[PartReader]:
-        return [part for part in self._parts if not part.state.aligned]
+        """Parts whose keys are looked up; where a repair has withdrawn examples, those that line up with others are so no more."""
+        withdrawn = any(part.state.withdrawn for part in self._parts)
+        return [part for part in self._parts if withdrawn or not part.state.aligned]
 
     @cached_property
     def _all_keys(self) -> tuple[Array, Array, Array]:
@@ -135,4 +137,4 @@ def _bounds(reader: PartReader, column: str) -> tuple[Array, Array]:
     table = reader.state.columns[column].table
     if is_ragged(table):
         return reader.bounds(table)
-    return np.arange(reader.state.rows[table]), np.ones(reader.state.rows[table], np.int64)
+    return reader.kept, np.ones(len(reader.kept), np.int64)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import dtypes, names
+from .dtypes import Array
 from .errors import KeyRepeatedError, SchemaError
 
 PHASE = "record"
@@ -95,6 +96,12 @@ class KeySet:
         start, stop = np.searchsorted(self._sorted[:, 0], first, "left"), np.searchsorted(self._sorted[:, 0], first, "right")
         return bool((self._sorted[start:stop, 1] == second).any())
 
+    def digests(self) -> Array:
+        """All of them, as two 64-bit integers each; [n, 2], sorted."""
+        if self._recent:
+            self._merge()
+        return self._sorted
+
     def _merge(self) -> None:
         recent = np.frombuffer(b"".join(self._recent), np.uint64).reshape(-1, 2)
         self._sorted, self._recent = np.unique(np.concatenate([self._sorted, recent]), axis=0), set()
@@ -103,9 +110,7 @@ class KeySet:
         return self.has(digest(*key) if isinstance(key, tuple) else digest(key))
 
     def __len__(self) -> int:
-        if len(self._sorted) and self._recent:
-            self._merge()
-        return len(self._sorted) + len(self._recent)
+        return len(self.digests()) if len(self._sorted) else len(self._recent)
 
 
 def digests(ids: Sequence[str] | Sequence[int], phase: str, step: int) -> list[bytes]:

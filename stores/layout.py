@@ -62,6 +62,11 @@ def shard_bytes_for(budget: int, arrays: Sequence[tuple[tuple[int, ...], int]], 
     return share
 
 
+def least_budget(arrays: Sequence[tuple[tuple[int, ...], int]], appended: int) -> int:
+    """The smallest budget, in bytes, with which arrays and what is `appended` at once are not refused."""
+    return 2 * max(_buffers(arrays, 0), appended)
+
+
 def check(budget: int, buffers: int, appended: int) -> None:
     """BudgetError unless half of the budget holds the buffers and half of it what is appended at once."""
     needed = 2 * max(buffers, appended)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from . import dtypes
+from . import codecs, dtypes
+from .compressed_shards import RecentChunks
 from .dtypes import TEXT, Array
 from .errors import DamagedError
+from .geometry import Geometry
 from .part_state import ArrayState, PartState
 from .parts import shard_path
 from .schema import ArraySchema, ColumnSchema
-from .shard_cache import ShardCache
-from .shards import Geometry, Shard
+from .shard_cache import ShardCache, file_bytes, shard_of
+from .shards import Shard
 
 
 class ArrayReader:
@@ -26,7 +28,9 @@ class ArrayReader:
         self._part = part
         self._schema = schema
         self._state = part.state.arrays.get(schema.path, ArrayState())
-        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype))
+        self.geometry = Geometry(schema.grid, schema.shape, dtypes.stored(schema.dtype), schema.codec)
+        # Rows that are read at once: all of a shard where they are mapped, a chunk's where they have to be expanded first.
+        self._stretch = self.geometry.shard_rows if schema.codec == codecs.NONE else self.geometry.chunk_rows
 
     @property
     def rows(self) -> int:
@@ -35,26 +39,36 @@ class ArrayReader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those rows."""
+        """Bytes of those rows, before compression."""
         return self.rows * self.geometry.chunk_row_bytes * self.geometry.pieces
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files they are in."""
+        return sum(file_bytes(record, self.geometry) for record in self._state.shards.values())
 
     def slice(self, start: int, stop: int) -> Array:
         """Rows [start, stop): a read-only view within one chunk, a copy otherwise."""
-        pieces = [shard.slice(a, b) for shard, a, b in self._spans(start, stop)]
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty((0, *self._schema.shape), self.geometry.dtype)
+        if stop <= start:
+            return np.empty((0, *self._schema.shape), self.geometry.dtype)
+        if start // self._stretch == (stop - 1) // self._stretch:
+            return self._read(start, stop)
+        out = np.empty((stop - start, *self._schema.shape), self.geometry.dtype)
+        for first in range(start - start % self._stretch, stop, self._stretch):
+            a, b = max(start, first), min(stop, first + self._stretch)
+            out[a - start : b - start] = self._read(a, b)
+        return out
 
     def gather(self, rows: Array) -> Array:
         """Rows by number, in any order."""
-        number, within = np.divmod(rows, self.geometry.shard_rows)
-        touched = _distinct(number)
+        stretch = rows // self._stretch
+        touched = _distinct(stretch)
         if len(touched) == 1:
-            return self._gather_from(int(touched[0]), within)
+            return self._gather_from(rows)
         out: Array = np.empty((len(rows), *self._schema.shape), self.geometry.dtype)
-        for shard in touched:
-            here = np.flatnonzero(number == shard)
-            out[here] = self._gather_from(int(shard), within[here])
+        for number in touched:
+            here = np.flatnonzero(stretch == number)
+            out[here] = self._gather_from(rows[here])
         return out
 
     def shards(self) -> Iterator[tuple[int, str, bool]]:
@@ -69,25 +83,49 @@ class ArrayReader:
             raise DamagedError(f"{self._path(number)}: no commit record names this shard")
         return self._part.cache.get(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
 
+    def shard_of(self, number: int, content: bytes) -> Shard:
+        """A shard as if its file held `content`; DamagedError where that cannot be one."""
+        return shard_of(content, self.geometry, self._state.shards[number], RecentChunks())
+
+    def chunks_in(self, number: int) -> int:
+        """How many chunks of a shard were committed."""
+        return len(self._state.shards[number].crcs)
+
+    def filled(self, rows: int) -> Array:
+        """Rows of the fill value."""
+        return np.full((rows, *self._schema.shape), dtypes.fill_value(self._schema.dtype), self.geometry.dtype)
+
+    def file_bytes(self, number: int) -> int:
+        """The size a shard's file had when it was committed."""
+        return file_bytes(self._state.shards[number], self.geometry)
+
+    def check_size(self, number: int) -> None:
+        """DamagedError unless a shard's file is there and large enough, or just as large where it cannot have grown."""
+        record = self._state.shards[number]
+        self._part.cache.check_size(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
+
     def rows_in(self, number: int) -> tuple[int, int]:
         """First and one past the last committed row of a shard."""
         first = number * self.geometry.shard_rows
         return first, first + self._state.shards[number].rows
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
-        size = self.geometry.shard_rows
-        for number in range(start // size, -(-stop // size)) if stop > start else ():
-            a, b = max(start - number * size, 0), min(stop - number * size, size)
-            shard = self._checked_open(number, a, b)
-            self._check(number, shard, shard.chunks_of(a, b))
-            yield shard, a, b
+    def _read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) of one stretch."""
+        number = start // self.geometry.shard_rows
+        first = number * self.geometry.shard_rows
+        shard = self._checked_open(number, start - first, stop - first)
+        self._check(number, shard, shard.chunks_of(start - first, stop - first))
+        return shard.slice(start - first, stop - first)
 
-    def _gather_from(self, number: int, rows: Array) -> Array:
-        shard = self._checked_open(number, int(rows.min()), int(rows.max()) + 1)
-        chunks = _distinct(rows // self.geometry.chunk_rows) * self.geometry.pieces
+    def _gather_from(self, rows: Array) -> Array:
+        """Rows of one stretch."""
+        number = int(rows[0]) // self.geometry.shard_rows
+        within = rows - number * self.geometry.shard_rows
+        shard = self._checked_open(number, int(within.min()), int(within.max()) + 1)
+        chunks = _distinct(within // self.geometry.chunk_rows) * self.geometry.pieces
         pieces = np.arange(self.geometry.pieces)
         self._check(number, shard, (chunks[:, None] + pieces).reshape(-1))
-        return shard.gather(rows)
+        return shard.gather(within)
 
     def _checked_open(self, number: int, start: int, stop: int) -> Shard:
         first = number * self.geometry.shard_rows
@@ -104,7 +142,8 @@ class ArrayReader:
             raise DamagedError(f"{self._path(number)}: chunk {chunk} does not hold the bytes that were committed{affected}")
 
     def _sealed(self, rows: int) -> bool:
-        return self._part.state.closed or rows == self.geometry.shard_rows
+        # The tail of a part that was sealed may have been replaced by a longer one: its writer need not have been gone.
+        return self._part.state.kind in ("closed", "repaired") or rows == self.geometry.shard_rows
 
     def _path(self, number: int) -> str:
         return shard_path(self._part.state.name, self._schema.path, number, len(self._schema.shape) + 1)
@@ -115,6 +154,13 @@ def _distinct(numbers: Array) -> Array:
     seen = np.zeros(int(numbers.max()) + 1, bool)
     seen[numbers] = True
     return np.flatnonzero(seen)
+
+
+def _values(column: ColumnSchema, arrays: Mapping[str, Array]) -> Array:
+    """Rows of a column in its logical dtype, from those of its arrays by role."""
+    if column.quantized is None:
+        return dtypes.from_stored(arrays["values"], column.dtype)
+    return column.quantized.decode(arrays, column.dtype)
 
 
 class PartReader:
@@ -136,50 +182,99 @@ class PartReader:
         """Rows [start, stop) of a column in its logical dtype; text as an object array of strings."""
         if column.dtype == TEXT:
             return self._text(column, start, stop)
-        return dtypes.from_stored(self.array(column.arrays["values"]).slice(start, stop), column.dtype)
+        return _values(column, {role: self.array(array).slice(start, stop) for role, array in column.arrays.items()})
 
     def gather(self, column: ColumnSchema, rows: Array) -> Array:
         """Rows of a column by number, in any order."""
         if column.dtype == TEXT:
-            texts: Array = self._text(column, int(rows.min()), int(rows.max()) + 1)[rows - rows.min()]
-            return texts
-        return dtypes.from_stored(self.array(column.arrays["values"]).gather(rows), column.dtype)
+            return self._texts(column, rows)
+        return _values(column, {role: self.array(array).gather(rows) for role, array in column.arrays.items()})
+
+    @cached_property
+    def kept(self) -> Array:
+        """Numbers of the part's examples that no repair has withdrawn; int64."""
+        kept = np.ones(self.state.examples, bool)
+        for first, count in self.state.withdrawn:
+            kept[first : first + count] = False
+        return np.flatnonzero(kept)
 
     def keys(self) -> tuple[list[Any], list[str], list[int]]:
-        """ids, phases and steps of all examples."""
+        """ids, phases and steps of the kept examples."""
         names = ("example/id", "example/phase", "example/step")
-        ids, phases, steps = (self.slice(self.state.columns[name], 0, self.state.examples).tolist() for name in names)
+        ids, phases, steps = (self._of_kept(self.state.columns[name]).tolist() for name in names)
         return ids, phases, steps
 
     def bounds(self, table: str) -> tuple[Array, Array]:
-        """First row and number of rows of every example in a ragged table; int64 each."""
+        """First row and number of rows of every kept example in a ragged table; int64 each."""
         if table not in self._bounds:
             columns = (self.state.columns[f"example/{kind}.{table}"] for kind in ("start", "length"))
-            start, length = (self.slice(column, 0, self.state.examples) for column in columns)
+            start, length = map(self._of_kept, columns)
             self._bounds[table] = start, length
         return self._bounds[table]
 
     def examples_in(self, path: str, start: int, stop: int) -> str:
-        """Which examples own rows of an array, for a message; empty where that cannot be told."""
+        """Which examples own rows of an array, for a message."""
         found = self.examples_of(path, start, stop)
-        if found is None:
+        if not len(found):
             return f" (rows {start} to {stop - 1} of this array)"
-        first, last = found
-        ids = self.slice(self.state.columns["example/id"], first, last + 1)
-        return f" (examples {ids[0]!r} to {ids[-1]!r})"
+        ids = None if self._owner[path][0].name == "example/id" else self.ids_of(found)
+        if ids is None:
+            return f" (examples number {found[0]} to {found[-1]} of the part)"
+        return f" (examples {ids[0]!r} to {ids[1]!r})"
 
-    def examples_of(self, path: str, start: int, stop: int) -> tuple[int, int] | None:
-        """First and last example (by number in the part) that own rows [start, stop) of the array at `path`."""
-        column = self._owner[path]
-        if column.table == "example" or path.endswith("/utf8"):
-            return None  # the example table itself is damaged, ids perhaps included; and bytes of text are not rows
-        begin, length = self.bounds(column.table)
-        touched = np.flatnonzero((begin < stop) & (begin + length > start))
-        return (int(touched[0]), int(touched[-1])) if len(touched) else None
+    def ids_of(self, examples: Array) -> tuple[str | int, str | int] | None:
+        """The ids of the first and the last of some of the part's examples; None where they are damaged too."""
+        try:
+            first, last = self.gather(self.state.columns["example/id"], examples[[0, -1]]).tolist()
+        except (DamagedError, UnicodeDecodeError):
+            return None
+        return first, last
+
+    def examples_of(self, path: str, start: int, stop: int) -> Array:
+        """The kept examples (by number in the part) that rows [start, stop) of the array at `path` belong to; int64, sorted.
+
+        None where what would tell is damaged itself.
+        """
+        column, role = self._owner[path]
+        try:
+            start, stop = self._rows_of_text(column, role, start, stop)
+            begin, length = (self.kept, 1) if column.table == "example" else self.bounds(column.table)
+        except DamagedError:
+            return self.kept[:0]
+        return self.kept[(begin < stop) & (begin + length > start)]
+
+    def _rows_of_text(self, column: ColumnSchema, role: str, start: int, stop: int) -> tuple[int, int]:
+        """The rows of a column that depend on elements [start, stop) of one of its arrays."""
+        if role == "end":
+            return start, stop + 1  # a text begins where the one before it ends
+        if role != "utf8":
+            return start, stop
+        array = self.array(column.arrays["end"])
+        ends = array.slice(0, array.rows)
+        begins = np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
+        rows = np.flatnonzero((begins < stop) & (ends > start))
+        return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
+    def _of_kept(self, column: ColumnSchema) -> Array:
+        """A column of the example table, without withdrawn examples."""
+        if len(self.kept) == self.state.examples:
+            return self.slice(column, 0, self.state.examples)
+        return self.gather(column, self.kept) if len(self.kept) else self.slice(column, 0, 0)
 
     @cached_property
-    def _owner(self) -> dict[str, ColumnSchema]:
-        return {array.path: column for column in self.state.columns.values() for array in column.arrays.values()}
+    def _owner(self) -> dict[str, tuple[ColumnSchema, str]]:
+        columns = self.state.columns.values()
+        return {array.path: (column, role) for column in columns for role, array in column.arrays.items()}
+
+    def _texts(self, column: ColumnSchema, rows: Array) -> Array:
+        """Texts by number; nothing between them is decoded."""
+        ends = self.array(column.arrays["end"])
+        stop, start = ends.gather(rows), np.where(rows > 0, ends.gather(np.maximum(rows - 1, 0)), 0)
+        first = int(start.min())
+        utf8: bytes = self.array(column.arrays["utf8"]).slice(first, int(stop.max())).tobytes()
+        texts = np.empty(len(rows), object)
+        texts[:] = [utf8[a:b].decode() for a, b in zip((start - first).tolist(), (stop - first).tolist(), strict=True)]
+        return texts
 
     def _text(self, column: ColumnSchema, start: int, stop: int) -> Array:
         ends = self.array(column.arrays["end"]).slice(max(start - 1, 0), stop)

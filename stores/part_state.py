@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from . import commits
-from .commits import Record, ShardRecord
+from .commits import End, Listed, Record, ShardRecord
 from .errors import DamagedError
 from .places import Place
+from .quantize import Quantization
 from .schema import ColumnSchema, Json, PartDocument
 
 _PART = re.compile(r"p\d{6,}")
 _RECORD = re.compile(r"\d{12,}\.json")
 
 
-@dataclass
-class ArrayState:
-    """Committed rows of an array, and what the records say of its shards."""
+def _none() -> dict[int, ShardRecord]:
+    return {}
 
-    rows: int = 0
-    shards: dict[int, ShardRecord] = field(default_factory=dict)
+
+class ArrayState:
+    """Committed rows of an array, and what the records say of its shards; a checkpoint's list of them is read on first use."""
+
+    def __init__(self, rows: int = 0, listed: Callable[[], dict[int, ShardRecord]] = _none) -> None:
+        self.rows = rows
+        self._listed: Callable[[], dict[int, ShardRecord]] | None = listed
+        self._shards: dict[int, ShardRecord] = {}
+
+    @property
+    def shards(self) -> dict[int, ShardRecord]:
+        """Shards by number."""
+        if self._listed is not None:
+            self._shards, self._listed = {**self._listed(), **self._shards}, None
+        return self._shards
+
+    def apply(self, rows: int, shards: dict[int, ShardRecord]) -> None:
+        """Take into account what one more record says."""
+        self.rows = rows
+        self._shards.update(shards)
 
 
 @dataclass
@@ -31,36 +50,60 @@ class PartState:
 
     name: str
     document: PartDocument
+    stated: str  # digest of that document
     rows: dict[str, int] = field(default_factory=dict)
     columns: dict[str, ColumnSchema] = field(default_factory=dict)
     arrays: dict[str, ArrayState] = field(default_factory=dict)
     aligned: tuple[tuple[str, int, int], ...] = ()
     nonfinite: dict[str, int] = field(default_factory=dict)
-    closed: bool = False
+    copies: dict[str, str] = field(default_factory=dict)
+    assets: dict[str, str] = field(default_factory=dict)
+    withdrawn: tuple[tuple[int, int], ...] = ()
+    lists: dict[str, Mapping[str, Listed]] = field(default_factory=dict)  # of the checkpoints read, by file
+    quantization: dict[str, Quantization] = field(default_factory=dict)
+    kind: str = ""  # of the last record
+    ended: bool = False  # whether end.json is there
     last: str = ""  # digest of the last record
     commits: int = 0
     written: int = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is added any more."""
+        return self.kind not in ("", "commit")
+
+    @property
+    def examples(self) -> int:
+        """Committed examples, withdrawn ones included."""
+        return self.rows.get("example", 0)
 
     def apply(self, record: Record) -> None:
         """Take one more record into account."""
         self.rows = dict(record.rows)
         self.columns.update(record.columns)
         for path, rows in record.array_rows.items():
-            array = self.arrays.setdefault(path, ArrayState())
-            array.rows = rows
-            array.shards.update(record.shards.get(path, {}))
+            self.arrays.setdefault(path, ArrayState()).apply(rows, dict(record.shards.get(path, {})))
+        self.copies.update(record.copies)
+        self.assets.update(record.assets)
         self.aligned, self.nonfinite = record.aligned or self.aligned, dict(record.nonfinite)
-        self.closed, self.commits, self.written = record.kind == "closed", record.number, record.written
+        self.withdrawn = record.withdrawn or self.withdrawn
+        if record.listed:
+            self.lists[record.list_file] = record.listed
+        self.quantization = dict(record.quantization)
+        self.kind, self.commits, self.written = record.kind, record.number, record.written
 
-    @property
-    def examples(self) -> int:
-        """Committed examples."""
-        return self.rows.get("example", 0)
+    def start_from(self, record: Record, place: Place) -> None:
+        """Take a checkpoint for all that came before it."""
+        where = list_path(self.name, record.list_file)
+        self.arrays = {
+            path: ArrayState(listed.rows, partial(read_list, place, where, listed)) for path, listed in record.listed.items()
+        }
+        self.apply(record)
 
 
 def read_parts(place: Place, run: str) -> list[PartState]:
     """Every part that has committed something, in order of name."""
-    return [part for part in (read_part(place, run, name) for name in claimed_parts(place)) if part.commits]
+    return [part for part in (read_part(place, run, name) for name in claimed_parts(place)) if part.columns]
 
 
 def part_names(place: Place) -> list[str]:
@@ -73,51 +116,110 @@ def claimed_parts(place: Place) -> list[str]:
     return [name for name in part_names(place) if place.names(f"parts/{name}")]
 
 
-def read_part(place: Place, run: str, name: str) -> PartState:
-    """One part; DamagedError where a record is missing or not the one that was written."""
+def read_part(place: Place, run: str, name: str, *, whole: bool = False) -> PartState:
+    """One part as of its last checkpoint and what came after; `whole` reads every record instead.
+
+    Raises:
+        DamagedError: a record is missing or not the one that was written.
+    """
     where = f"parts/{name}/zarr.json"
-    try:
-        stated = commits.digest(place.read(where))
-    except FileNotFoundError:
-        raise DamagedError(f"{where}: the part document is missing") from None
-    part = PartState(name, PartDocument.from_attributes(attributes(place, where), where))
-    end = _end(place, name)  # read first: a writer may close the part while its records are being read
-    for record, digest in _records(place, run, name):
-        if record.document != stated:
+    part = begun(place, name)
+    end = read_end(place, name)  # read first: a writer may close the part while its records are being read
+    for record, digest in _records(place, run, name, end, whole=whole):
+        if record.document != part.stated:
             raise DamagedError(f"{where}: the part document is not the one that its commit records name")
-        part.apply(record)
+        begins = not part.commits and record.listed and (not whole or record.kind == "repaired")
+        part.start_from(record, place) if begins else part.apply(record)
         part.last = digest
-    if end is not None and end != commits.end(part.commits, part.last):
+    part.ended = end is not None
+    if end is not None and (end.number, end.digest) != (part.commits, part.last):
         raise DamagedError(f"{commits.end_path(name)}: the part was closed by another commit record than the ones that are there")
     return part
 
 
-def _end(place: Place, part: str) -> bytes | None:
-    return place.read(commits.end_path(part)) if "end.json" in place.names(f"parts/{part}") else None
+def begun(place: Place, name: str) -> PartState:
+    """A part as its document says, without any record."""
+    where = f"parts/{name}/zarr.json"
+    try:
+        document = place.read(where)
+    except FileNotFoundError:
+        raise DamagedError(f"{where}: the part document is missing") from None
+    return PartState(name, PartDocument.from_attributes(attributes(document, where), where), commits.digest(document))
 
 
-def attributes(place: Place, path: str) -> Json:
+def read_end(place: Place, part: str) -> End | None:
+    """What closed a part; None while it is open."""
+    where = commits.end_path(part)
+    try:
+        return End.decode(place.read(where), where)
+    except FileNotFoundError:
+        return None
+
+
+def attributes(document: bytes, where: str) -> Json:
     """The attributes in a group document; DamagedError if it is not one."""
     try:
-        document = json.loads(place.read(path))
+        parsed = json.loads(document)
     except ValueError as error:
-        raise DamagedError(f"{path}: not a Zarr group document ({error})") from None
-    found = document.get("attributes", {}) if isinstance(document, dict) else None
+        raise DamagedError(f"{where}: not a Zarr group document ({error})") from None
+    found = parsed.get("attributes", {}) if isinstance(parsed, dict) else None
     if not isinstance(found, dict):
-        raise DamagedError(f"{path}: not a Zarr group document")
+        raise DamagedError(f"{where}: not a Zarr group document")
     return found
 
 
-def _records(place: Place, run: str, part: str) -> Iterator[tuple[Record, str]]:
-    previous = ""
-    found = [name for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
-    for number, name in enumerate(found, start=1):
-        path = commits.path_of(part, number)
-        if not path.endswith(f"/{name}"):
-            raise DamagedError(f"{path}: the commit record is missing, but {name} is there")
+def read_record(place: Place, run: str, part: str, number: int) -> tuple[Record, str]:
+    """One record and its digest; DamagedError if it is missing or belongs elsewhere."""
+    path = commits.path_of(part, number)
+    try:
         data = place.read(path)
-        record = Record.decode(data, path)
-        if (record.run, record.part, record.number, record.previous) != (run, part, number, previous):
-            raise DamagedError(f"{path}: this commit record belongs to another run, part or place in the sequence")
-        previous = commits.digest(data)
-        yield record, previous
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: the commit record is missing") from None
+    record = Record.decode(data, path)
+    if (record.run, record.part, record.number) != (run, part, number):
+        raise DamagedError(f"{path}: this commit record belongs to another run, part or place in the sequence")
+    return record, commits.digest(data)
+
+
+def last_record(place: Place, part: str, first: int = 1) -> int:
+    """The number of an open part's last record; DamagedError where one before it is missing."""
+    found = [int(name.partition(".")[0]) for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
+    found = [number for number in found if number >= first]
+    for expected, number in enumerate(found, start=first):
+        if number != expected:
+            path = commits.path_of(part, expected)
+            raise DamagedError(f"{path}: the commit record is missing, but {commits.path_of(part, number)} is there")
+    return first + len(found) - 1
+
+
+def _records(place: Place, run: str, part: str, end: End | None, *, whole: bool) -> Iterator[tuple[Record, str]]:
+    """The records that count, from the last checkpoint on; each names the one before it."""
+    first = end.first if end else 1
+    last = end.number if end else last_record(place, part)
+    start, previous = first, ""
+    checkpoint = last if end else last - last % commits.CHECKPOINT_EVERY
+    if checkpoint > first and not whole:
+        record, digest = read_record(place, run, part, checkpoint)
+        if record.listed:
+            yield record, digest
+            start, previous = checkpoint + 1, digest
+    for number in range(start, last + 1):
+        record, digest = read_record(place, run, part, number)
+        if record.previous != previous and not (number == first and record.kind == "repaired"):
+            raise DamagedError(f"{commits.path_of(part, number)}: this commit record does not follow the one before it")
+        previous = digest
+        yield record, digest
+
+
+def list_path(part: str, file: str) -> str:
+    """Where a checkpoint's list of shards lies."""
+    return f"parts/{part}/commits/{file}"
+
+
+def read_list(place: Place, where: str, listed: Listed) -> dict[int, ShardRecord]:
+    """The shards of one array, from a checkpoint's list; DamagedError."""
+    try:
+        data = place.read(where)[listed.start : listed.start + listed.size]
+    except FileNotFoundError:
+        raise DamagedError(f"{where}: the list of shards is missing") from None
+    return commits.decode_list(data, listed, where)

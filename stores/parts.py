@@ -6,20 +6,23 @@ A plain Zarr reader that goes by `example/id` therefore finds every example it l
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from . import commits, dtypes, layout, zarr_documents
+from . import chain, codecs, commits, dtypes, layout, quantize, zarr_documents
 from .buffers import RowBuffer
-from .commits import Record, ShardRecord
+from .commits import ShardRecord
 from .dtypes import Array
-from .errors import LostPartError, SchemaError
-from .part_state import part_names
+from .errors import SchemaError
+from .part_state import PartState, part_names
 from .places import Place
+from .quantize import Quantization
 from .ragged import Cells, text_bytes
 from .schema import ColumnSchema, Json, PartDocument, column_schema, stored_arrays
 from .shards import encode
@@ -27,18 +30,36 @@ from .shards import encode
 _THREADS = min(4, os.cpu_count() or 1)
 _WIDE_BYTES = 2**20
 
+Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
+
 
 @dataclass(frozen=True)
 class Description:
-    """What a writer may say of a column beyond its values."""
+    """What a writer may say of a column beyond its values. `compress` None is the writer's choice for all columns."""
 
     axes: tuple[str, ...] | None = None
     site: Json | None = None
     attributes: Json = field(default_factory=dict)
+    compress: str | None = None
+    quantize: str | None = None
+
+    def coding(self, name: str, kind: Kind, blocks: list[Array], compress: str) -> dict[str, Any]:
+        """The arguments `codec` and `quantized` of a column's schema; SchemaError for a dtype that cannot be quantised.
+
+        Args:
+            blocks: the column's first rows.
+            compress: the codec of columns with rows of at least 64 bytes of which nothing is said.
+        """
+        dtype, shape = kind
+        wide = dtype != dtypes.TEXT and math.prod(shape) * dtypes.stored(dtype).itemsize >= layout.SMALL_ROW_BYTES
+        return {
+            "codec": self.compress or (compress if wide else codecs.NONE),
+            "quantized": None if self.quantize is None else quantize.plan(name, dtype, blocks),
+        }
 
 
-def claim(place: Place, document: PartDocument) -> tuple[str, str]:
-    """Take the next free part number: (name, digest of the part document). Several writers may try at once; each gets its own."""
+def claim(place: Place, document: PartDocument) -> PartState:
+    """Take the next free part number. Several writers may try at once; each gets its own."""
     content = zarr_documents.group(document.to_attributes())
     number = max((int(name[1:]) + 1 for name in part_names(place)), default=0)
     while True:
@@ -48,17 +69,28 @@ def claim(place: Place, document: PartDocument) -> tuple[str, str]:
         except FileExistsError:
             number += 1
         else:
-            return name, commits.digest(content)
+            return PartState(name, document, commits.digest(content), copies=_copies(place, f"parts/{name}/zarr.json", content))
 
 
-Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
+def _copies(place: Place, path: str, content: bytes) -> dict[str, str]:
+    """The documents that nothing else could tell if they were damaged."""
+    return {zarr_documents.DOCUMENT: place.read(zarr_documents.DOCUMENT).decode(), path: content.decode()}
 
 
 class PartWriter:
     """One part, from its first rows to its closing record."""
 
-    def __init__(self, place: Place, document: PartDocument, budget: int, known: Mapping[str, Kind] | None = None) -> None:
+    def __init__(
+        self,
+        place: Place,
+        document: Callable[[], PartDocument],
+        budget: int,
+        known: Mapping[str, ColumnSchema] | None = None,
+        compress: str = codecs.NONE,
+    ) -> None:
         self._known = known or {}
+        self._compress = compress
+        self._quantization: dict[str, Quantization] = {}
         self._place = place
         self._document = document
         self._budget = budget
@@ -67,12 +99,21 @@ class PartWriter:
         self._templates: dict[str, Json] = {}
         self._touched: dict[str, dict[int, ShardRecord]] = {}
         self._committed: dict[str, int] = {}
-        self._number = 0
-        self._previous = ""
-        self.rows: dict[str, int] = {}
-        self.written = 0
-        self.name = ""
-        self._digest = ""
+        self._rows: dict[str, int] = {}
+        self._written = 0
+        self._nonfinite: dict[str, int] = {}
+        self.state: PartState | None = None  # once there is something on disk
+        self.ahead: dict[str, int] = {}  # rows of every table with all that was prepared, written or not
+
+    @property
+    def columns(self) -> Iterable[str]:
+        """Names of its columns, once prepared."""
+        return self._schemas.keys()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that its buffers may come to take."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     @property
     def held_bytes(self) -> int:
@@ -90,56 +131,83 @@ class PartWriter:
             schemas = self._plan(given, descriptions)
             roles = [role for schema in schemas.values() for role in schema.arrays.values()]
             self._schemas, self._buffers = schemas, {role.path: RowBuffer(role) for role in roles}
-            self.rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
+            self._rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
         layout.check(self._budget, 0, _size(given))
         self._check(given)
-
-    def append(self, given: dict[str, Cells]) -> None:
-        """Add one row group: cells of every column, consistent with one another and prepared. `given` is emptied on the way."""
-        if not self.name:
-            self.name, self._digest = claim(self._place, self._document)
-            self._write_groups()
         added = {self._schemas[name].table: column.rows for name, column in given.items()}
-        self.written += self._take_all(given)
-        for table, rows in added.items():
-            self.rows[table] += rows
+        self.ahead = {table: self.ahead.get(table, 0) + rows for table, rows in added.items()}
 
-    def commit(self, kind: str = "commit", aligned: Sequence[tuple[str, int, int]] = (), nonfinite: Mapping[str, int] = {}) -> None:
-        """Make everything appended so far visible."""
-        self._write_tails()
+    def append(self, given: dict[str, Cells], nonfinite: Mapping[str, int] = {}) -> None:
+        """Add one row group: cells of every column, consistent with one another and prepared. `given` is emptied on the way.
+
+        `nonfinite` are rows per column that are known to hold NaN or infinity.
+        """
+        if self.state is None:
+            self.state = claim(self._place, self._document())
+            self._write_groups(self.state.name)
+        else:
+            chain.check_open(self._place, self.state)
+        added = {self._schemas[name].table: column.rows for name, column in given.items()}
+        self._written += self._take_all(self.state.name, given)
+        for table, rows in added.items():
+            self._rows[table] += rows
+        for name, count in nonfinite.items():
+            self._nonfinite[name] = self._nonfinite.get(name, 0) + int(count)
+
+    def commit(self, kind: str = "commit", aligned: Sequence[tuple[str, int, int]] = (), assets: Mapping[str, str] = {}) -> None:
+        """Make everything appended so far visible; nothing, where there is nothing.
+
+        Args:
+            kind: `closed` for the last commit of the part.
+            aligned: which other parts' examples, [part, first, count] in order, these are.
+            assets: SHA-256 digests of the files beside the tables.
+        """
+        if self.state is None or (kind == "commit" and self._rows == self.state.rows):
+            return
+        chain.check_open(self._place, self.state)
+        self._write_tails(self.state.name)
         self._place.settle()
         for wave in range(3):
-            self._write_shapes(wave)
+            self._write_shapes(self.state.name, wave)
             self._place.settle()
-        self._write_record(kind, tuple(aligned), nonfinite)
+        new = {name: digest for name, digest in assets.items() if self.state.assets.get(name) != digest}
+        self._add_record(self.state, kind, aligned=tuple(aligned), nonfinite=dict(self._nonfinite), assets=new)
         self._place.settle()
         if kind == "closed":
-            self._write_end()
+            chain.finish(self._place, self.state)
             self._place.settle()
 
     def _plan(self, given: Mapping[str, Cells], descriptions: Mapping[str, Description]) -> dict[str, ColumnSchema]:
-        kinds = {name: self._known.get(name, (column.dtype, column.shape)) for name, column in given.items()}
-        arrays = [array for dtype, shape in kinds.values() for array in stored_arrays(dtype, shape)]
-        shard_bytes = layout.shard_bytes_for(self._budget, arrays, _size(given))
+        kinds = {name: self._kind(name, column) for name, column in given.items()}
+        said = {name: descriptions.get(name, Description()) for name in kinds}
+        coding = {name: said[name].coding(name, kind, given[name].blocks, self._compress) for name, kind in kinds.items()}
+        arrays = [array for name, kind in kinds.items() for array in stored_arrays(*kind, **coding[name])]
+        share = layout.shard_bytes_for(self._budget, arrays, _size(given))
         return {
-            name: column_schema(name, *kind, shard_bytes=shard_bytes, **vars(descriptions.get(name, Description())))
+            name: column_schema(
+                name,
+                *kind,
+                shard_bytes=share,
+                axes=said[name].axes,
+                site=said[name].site,
+                attributes=said[name].attributes,
+                **coding[name],
+            )
             for name, kind in kinds.items()
         }
 
     def _check_known(self, given: Mapping[str, Cells]) -> None:
         """A column that the run has from earlier sessions must stay what it is."""
         for name, column in given.items():
-            _check_kind(name, self._known.get(name, (column.dtype, column.shape)), column)
+            _check_kind(name, self._kind(name, column), column)
 
-    def _write_end(self) -> None:
-        try:
-            self._place.create(commits.end_path(self.name), [commits.end(self._number, self._previous)])
-        except FileExistsError:
-            raise LostPartError(f"part {self.name} was closed by somebody else") from None
+    def _kind(self, name: str, column: Cells) -> Kind:
+        known = self._known.get(name)
+        return (known.dtype, known.shape) if known else (column.dtype, column.shape)
 
-    def _write_groups(self) -> None:
+    def _write_groups(self, part: str) -> None:
         for folder in group_folders(self._schemas.values()):
-            self._place.replace(f"parts/{self.name}/{folder}/zarr.json", [zarr_documents.group()])
+            self._place.replace(f"parts/{part}/{folder}/zarr.json", [zarr_documents.group()])
         for schema in self._schemas.values():
             for role in schema.arrays.values():
                 self._templates[role.path] = zarr_documents.array(schema, role)
@@ -152,74 +220,69 @@ class PartWriter:
             schema = self._schemas[name]
             _check_kind(name, (schema.dtype, schema.shape), column)
 
-    def _take_all(self, given: dict[str, Cells]) -> int:
+    def _take_all(self, part: str, given: dict[str, Cells]) -> int:
         """Columns share nothing, so several threads take the wide ones: one cannot write and checksum at a raw file's speed."""
         wide = [name for name, column in given.items() if column.nbytes >= _WIDE_BYTES]
         narrow = [name for name in given if name not in wide]
-        written = sum(self._take(self._schemas[name], given.pop(name)) for name in narrow)
+        written = sum(self._take(part, self._schemas[name], given.pop(name)) for name in narrow)
         if not wide:
             return written
         with ThreadPoolExecutor(_THREADS) as pool:
-            return written + sum(pool.map(lambda name: self._take(self._schemas[name], given.pop(name)), wide))
+            return written + sum(pool.map(lambda name: self._take(part, self._schemas[name], given.pop(name)), wide))
 
-    def _take(self, schema: ColumnSchema, column: Cells) -> int:
-        written = 0
-        for block in column.blocks:
-            if schema.dtype != dtypes.TEXT:
-                written += self._push(schema.arrays["values"].path, block)
-                continue
-            utf8, end = schema.arrays["utf8"].path, schema.arrays["end"].path
-            text, ends = text_bytes(block, self._buffers[utf8].rows)
-            written += self._push(utf8, text) + self._push(end, ends)
-        return written
+    def _take(self, part: str, schema: ColumnSchema, column: Cells) -> int:
+        pieces = (piece for block in column.blocks for piece in self._by_role(schema, block))
+        return sum(self._push(part, schema.arrays[role].path, rows) for role, rows in pieces)
 
-    def _push(self, path: str, block: Array) -> int:
-        return sum(self._write_shard(path, number, rows) for number, rows in self._buffers[path].take(block))
+    def _by_role(self, schema: ColumnSchema, block: Array) -> Iterator[tuple[str, Array]]:
+        """Rows for each array of a column."""
+        if schema.dtype == dtypes.TEXT:
+            yield from zip(("utf8", "end"), text_bytes(block, self._buffers[schema.arrays["utf8"].path].rows), strict=True)
+        elif schema.quantized is None:
+            yield "values", block
+        else:
+            for arrays, cost in schema.quantized.encode(block, schema.dtype):
+                self._quantization[schema.name] = self._quantization.get(schema.name, Quantization()) + cost
+                yield from arrays.items()
 
-    def _write_shard(self, path: str, number: int, rows: Array) -> int:
+    def _push(self, part: str, path: str, block: Array) -> int:
+        return sum(self._write_shard(part, path, number, rows) for number, rows in self._buffers[path].take(block))
+
+    def _write_shard(self, part: str, path: str, number: int, rows: Array) -> int:
         buffer = self._buffers[path]
         encoded = encode(rows, buffer.geometry, dtypes.fill_value(buffer.schema.dtype))
-        self._place.replace(shard_path(self.name, path, number, rows.ndim), encoded.buffers)
-        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs)
-        return buffer.geometry.file_bytes(len(rows))
+        self._place.replace(shard_path(part, path, number, rows.ndim), encoded.buffers)
+        size = None if buffer.geometry.codec == codecs.NONE else encoded.nbytes
+        self._touched.setdefault(path, {})[number] = ShardRecord(len(rows), encoded.crcs, size)
+        return encoded.nbytes
 
-    def _write_tails(self) -> None:
+    def _write_tails(self, part: str) -> None:
         for path, buffer in self._buffers.items():
             if buffer.held and buffer.rows != self._committed.get(path, 0):
-                self.written += self._write_shard(path, buffer.shard, buffer.tail())
+                self._written += self._write_shard(part, path, buffer.shard, buffer.tail())
 
-    def _write_shapes(self, wave: int) -> None:
+    def _write_shapes(self, part: str, wave: int) -> None:
         for schema in self._schemas.values():
             for role in schema.arrays.values():
                 if _wave(schema, role.name) == wave:
                     document = zarr_documents.with_rows(self._templates[role.path], self._buffers[role.path].rows)
-                    self._place.replace(f"parts/{self.name}/{role.path}/zarr.json", [document])
+                    self._place.replace(f"parts/{part}/{role.path}/zarr.json", [document])
 
-    def _write_record(self, kind: str, aligned: tuple[tuple[str, int, int], ...], nonfinite: Mapping[str, int]) -> None:
+    def _add_record(self, part: PartState, kind: str, **said: Any) -> None:
         rows = {path: buffer.rows for path, buffer in self._buffers.items()}
-        changed = {path: count for path, count in rows.items() if count != self._committed.get(path, -1)}
-        record = Record(
-            run=self._document.run,
-            part=self.name,
-            number=self._number + 1,
-            previous=self._previous,
-            kind=kind,
-            document=self._digest,
-            rows=self.rows,
-            columns={} if self._number else self._schemas,
-            array_rows=changed,
+        chain.add_record(
+            self._place,
+            part,
+            kind,
+            rows=dict(self._rows),
+            columns={} if part.commits else self._schemas,
+            copies={} if part.commits else part.copies,
+            array_rows={path: count for path, count in rows.items() if count != self._committed.get(path, -1)},
             shards=self._touched,
-            aligned=aligned,
-            nonfinite=nonfinite,
-            written=self.written,
-        ).encode()
-        try:
-            self._place.create(commits.path_of(self.name, self._number + 1), [record])
-        except FileExistsError:
-            raise LostPartError(
-                f"part {self.name} was continued or sealed by somebody else; nothing of theirs was changed"
-            ) from None
-        self._number, self._previous = self._number + 1, commits.digest(record)
+            written=self._written,
+            quantization=dict(self._quantization),
+            **said,
+        )
         self._committed, self._touched = rows, {}
 
 

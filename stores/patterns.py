@@ -98,6 +98,11 @@ class Alias:
     depth: int = 0
 
 
+def is_companion(port: str | None, reduce: str | None) -> bool:
+    """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
+    return port in FACT_PORTS or str(reduce).rpartition("|")[2] in ("scale", "size", "identity")
+
+
 def parse_site(text: str) -> SiteName:
     """A full site name without wildcards."""
     found = _SITE.fullmatch(text)

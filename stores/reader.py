@@ -354,9 +354,9 @@ class Run:
         self._load()
         return self[name]
 
-    def verify(self) -> Verification:
-        """Read every committed byte and compare it with its commit record."""
-        return verify_run(self.path)
+    def verify(self, *, quick: bool = False) -> Verification:
+        """Read every committed byte (`quick`: look at sizes only) and compare it with its commit record."""
+        return verify_run(self.path, quick=quick)
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one."""
@@ -370,8 +370,13 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values of all columns."""
+        """Bytes of all values of all columns, before compression."""
         return sum(column.nbytes for table in self.tables.values() for column in table.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files they are in, checksums and indices included."""
+        return sum(column.stored_bytes for table in self.tables.values() for column in table.values())
 
     def __len__(self) -> int:
         return len(self._index)

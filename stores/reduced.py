@@ -10,6 +10,7 @@ import numpy as np
 from .columns import Column
 from .dtypes import Array
 from .errors import UnknownColumnError
+from .quantize import Quantization
 from .schema import ColumnSchema, Json
 
 KINDS = ("mean", "max", "first", "last")
@@ -59,6 +60,21 @@ class ReducedColumn(Column):
         return self._whole.nbytes
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files that is in."""
+        return self._whole.stored_bytes
+
+    @property
+    def compress(self) -> str:
+        """The codec of what it is computed from."""
+        return self._whole.compress
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What quantising what it is computed from has cost."""
+        return self._whole.quantization
+
+    @property
     def site(self) -> Json | None:
         """The recorded site, with how it is reduced."""
         return None if self._whole.site is None else {**self._whole.site, "reduce": self._kind}
@@ -72,6 +88,11 @@ class ReducedColumn(Column):
     def present(self) -> Array:
         """Per example whether the column has tokens recorded; bool."""
         return self._whole.present
+
+    @property
+    def paths(self) -> list[str]:
+        """The Zarr arrays of the values it is computed from."""
+        return self._whole.paths
 
     @property
     def role_paths(self) -> dict[str, list[str]]:

@@ -1,49 +1,66 @@
-"""The root of a run: starting one, finding one, and the keys it already holds."""
+"""The root of a run: starting one, joining one, finding one."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import keys, zarr_documents
-from .errors import LostPartError, NotARunError, RunExistsError, SchemaError
-from .keys import KeySet
-from .part_reader import PartReader
-from .part_state import attributes, read_parts
+from . import zarr_documents
+from .commits import Record
+from .errors import DamagedError, FormatVersionError, LostPartError, NotARunError, RunExistsError, SchemaError
+from .part_state import attributes, claimed_parts
 from .places import LocalPlace, Place
 from .schema import FORMAT, Json, RunDocument
-from .shard_cache import ShardCache
 
 ROOT = "zarr.json"
 
 
-def document_for(place: LocalPlace, mode: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
-    """The run document for a writer in this mode, and whether the run is there already. Nothing is written yet."""
+def document_for(place: LocalPlace, mode: str, session: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
+    """The run document for a writer in this mode, and whether the run is there already. Nothing is written yet.
+
+    A run that the same session has begun is joined in every mode.
+    """
     if mode not in ("create", "resume", "overwrite"):
         raise ValueError(f"mode is 'create', 'resume' or 'overwrite', not {mode!r}")
     there = _is_taken(place)
+    if there and (mode == "resume" or _begun_by(place, session)):
+        return _continued(place, about), True
     if there and mode == "create":
         raise _exists(place)
-    if there and mode == "resume":
-        return _continued(place, about), True
     if there:
         read_document(place, place.root)  # only runs are renamed aside
-    return RunDocument(uid=uuid.uuid4().hex, **about), False
+    return RunDocument(uid=uuid.uuid4().hex, session=session, **about), False
 
 
-def start(place: LocalPlace, mode: str, document: RunDocument) -> None:
-    """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside."""
-    if mode == "overwrite" and _is_taken(place):
+def start(place: LocalPlace, mode: str, document: RunDocument) -> RunDocument:
+    """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside.
+
+    Returns:
+        The document that counts: another's, if a writer of the same session was quicker.
+    """
+    if mode == "overwrite" and _is_taken(place) and not _begun_by(place, document.session):
         _rename_aside(place)
     place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     try:
         place.create(ROOT, [zarr_documents.group(document.to_attributes())])
     except FileExistsError:
-        raise _exists(place) from None
+        if not _begun_by(place, document.session):
+            raise _exists(place) from None
+        return read_document(place, place.root)
     place.settle()
+    return document
+
+
+def _begun_by(place: LocalPlace, session: str) -> bool:
+    try:
+        return read_document(place, place.root).session == session
+    except (NotARunError, SchemaError):
+        return False
 
 
 def _is_taken(place: LocalPlace) -> bool:
@@ -67,7 +84,7 @@ def check_is(place: Place, uid: str, where: str | Path) -> None:
 def read_document(place: Place, where: str | Path) -> RunDocument:
     """The run document at a place; NotARunError if there is none."""
     try:
-        found = attributes(place, ROOT)
+        found = attributes(place.read(ROOT), ROOT)
     except (FileNotFoundError, NotADirectoryError):
         raise NotARunError(f"{where} is not a tensortape run: it has no {ROOT}") from None
     if FORMAT not in found:
@@ -75,23 +92,25 @@ def read_document(place: Place, where: str | Path) -> RunDocument:
     return RunDocument.from_attributes(found, str(where))
 
 
-@dataclass(frozen=True)
-class Holdings:
-    """What a run holds that a resuming writer must know: keys, the kind of its ids, dtype and shape of its columns."""
+def statements(place: Place) -> Iterator[Record]:
+    """The first readable commit record of each part: what parts say of the run they belong to."""
+    for part in claimed_parts(place):
+        for name in place.names(f"parts/{part}/commits"):
+            with suppress(DamagedError, FormatVersionError):
+                if name.endswith(".json"):
+                    path = f"parts/{part}/commits/{name}"
+                    yield Record.decode(place.read(path), path)
+                    break
 
-    keys: KeySet
-    id_kind: str | None
-    kinds: dict[str, tuple[str, tuple[int, ...]]]
 
-
-def holdings(place: Place, run: str) -> Holdings:
-    """Everything committed so far, by all parts."""
-    found, kinds = KeySet(), dict[str, tuple[str, tuple[int, ...]]]()
-    cache = ShardCache(place, run, verify=True)
-    for part in read_parts(place, run):
-        kinds.update({name: (column.dtype, column.shape) for name, column in part.columns.items()})
-        found.add(map(keys.digest, *PartReader(part, cache).keys()))
-    return Holdings(found, kinds.get("example/id", (None,))[0], kinds)
+def keep_asset(place: Place, name: str, content: bytes) -> str:
+    """Keep a file beside the tables, unless one of that name is there; the SHA-256 of what is there then."""
+    path = f"assets/{name}"
+    try:
+        place.create(path, [content])
+    except FileExistsError:
+        content = place.read(path)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _exists(place: LocalPlace) -> RunExistsError:

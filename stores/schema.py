@@ -6,13 +6,15 @@ record of each part; there is no second copy that could disagree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import dtypes, names
+from . import codecs, dtypes, names
 from .errors import DamagedError, FormatVersionError, SchemaError
 from .layout import Grid, plan
+from .quantize import Int8
 
 FORMAT = "tensortape"
 VERSION = 1
@@ -29,7 +31,15 @@ class ArraySchema:
     dtype: str
     shape: tuple[int, ...]
     grid: Grid
-    codec: str = "none"
+    codec: str = codecs.NONE
+
+    def __post_init__(self) -> None:
+        # A compressed chunk is expanded as a whole, however few bytes of a run claim to be one.
+        size = math.prod(self.grid.chunk) * dtypes.stored(self.dtype).itemsize
+        if self.codec != codecs.NONE and size > codecs.LARGEST_CHUNK:
+            raise SchemaError(
+                f"array {self.path!r} has chunks of {size} bytes, but at most {codecs.LARGEST_CHUNK} can be compressed; use 'none'"
+            )
 
     def to_json(self) -> Json:
         """As stored in a commit record."""
@@ -45,18 +55,18 @@ class ArraySchema:
     @classmethod
     def from_json(cls, name: str, document: Json) -> ArraySchema:
         """The reverse of `to_json`; FormatVersionError for a codec of a later version."""
-        if document["codec"] != "none":
+        if document["codec"] not in codecs.NAMES:
             raise FormatVersionError(
                 f"array {document['path']!r} uses the codec {document['codec']!r}; update tensortape to read it"
             )
-        dtypes.stored(document["dtype"])
         grid = Grid(tuple(document["chunk"]), tuple(document["shard"]))
-        return cls(name, document["path"], document["dtype"], tuple(document["shape"]), grid)
+        return cls(name, document["path"], document["dtype"], tuple(document["shape"]), grid, document["codec"])
 
 
 @dataclass(frozen=True)
 class ColumnSchema:
-    """A column of one part. `arrays` maps roles (`values`, or `utf8` and `end` for text) to arrays."""
+    """A column of one part. `arrays` maps roles to arrays: `values`, or for text `utf8` and `end`, or if it is `quantized` `codes`,
+    `scale` and perhaps `outliers`."""
 
     name: str
     dtype: str
@@ -65,6 +75,7 @@ class ColumnSchema:
     arrays: Mapping[str, ArraySchema]
     site: Json | None = None
     attributes: Json = field(default_factory=dict)
+    quantized: Int8 | None = None
 
     @property
     def table(self) -> str:
@@ -85,6 +96,7 @@ class ColumnSchema:
             "arrays": {role: array.to_json() for role, array in self.arrays.items()},
             "site": self.site,
             "attributes": self.attributes,
+            **({} if self.quantized is None else {"quantized": self.quantized.to_json()}),
         }
 
     @classmethod
@@ -92,7 +104,8 @@ class ColumnSchema:
         """The reverse of `to_json`."""
         arrays = {role: ArraySchema.from_json(role, array) for role, array in document["arrays"].items()}
         shape, axes = tuple(document["shape"]), tuple(document["axes"])
-        return cls(name, document["dtype"], shape, axes, arrays, document["site"], document["attributes"])
+        quantized = Int8.from_json(document["quantized"]) if "quantized" in document else None
+        return cls(name, document["dtype"], shape, axes, arrays, document["site"], document["attributes"], quantized)
 
 
 def column_schema(
@@ -104,33 +117,48 @@ def column_schema(
     axes: tuple[str, ...] | None = None,
     site: Json | None = None,
     attributes: Json | None = None,
+    codec: str = codecs.NONE,
+    quantized: Int8 | None = None,
 ) -> ColumnSchema:
-    """The schema of a new column: where its arrays lie and how they are cut."""
+    """The schema of a new column: where its arrays lie, how they are cut and coded."""
     if 0 in shape:
         raise SchemaError(f"column {name!r} has the feature shape {shape}; every axis needs at least one value")
     if axes is not None and len(axes) != len(shape):
         raise SchemaError(f"column {name!r} has the feature shape {shape}, but the axes {axes}; name each feature axis")
     table, column = names.split(name)
     path = f"{names.to_disk(table)}/{names.to_disk(column)}"
-    if dtype == dtypes.TEXT:
-        roles = {"utf8": ("uint8", f"{path}/utf8"), "end": ("int64", f"{path}/end")}
-    else:
-        roles = {"values": (dtype, path)}
-    arrays = {role: _array(role, where, kind, shape, shard_bytes) for role, (kind, where) in roles.items()}
-    return ColumnSchema(name, dtype, shape, axes or _axes(len(shape)), arrays, site, attributes or {})
+    arrays = {}
+    for role, (kind, of) in _roles(dtype, shape, quantized).items():
+        where = path if role == "values" else f"{path}/{role}"
+        grid = plan(of, dtypes.stored(kind).itemsize, shard_bytes)
+        arrays[role] = ArraySchema(role, where, kind, of, grid, _codec_of(role, codec))
+    return ColumnSchema(name, dtype, shape, axes or _axes(len(shape)), arrays, site, attributes or {}, quantized)
 
 
-def stored_arrays(dtype: str, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
-    """(feature shape, itemsize) of the arrays that a column of this logical dtype is kept in; SchemaError for an empty axis."""
+def stored_arrays(
+    dtype: str, shape: tuple[int, ...], *, codec: str = codecs.NONE, quantized: Int8 | None = None
+) -> list[tuple[tuple[int, ...], int]]:
+    """(feature shape, itemsize) of the arrays that a column is kept in; SchemaError for an empty axis.
+
+    Compressed arrays stand there twice: while a shard is written, its frames take memory beside its rows.
+    """
     if 0 in shape:
         raise SchemaError(f"a column has the feature shape {shape}; every axis needs at least one value")
+    roles = _roles(dtype, shape, quantized)
+    times = {role: 1 if _codec_of(role, codec) == codecs.NONE else 2 for role in roles}
+    return [(of, dtypes.stored(kind).itemsize) for role, (kind, of) in roles.items() for _ in range(times[role])]
+
+
+def _roles(dtype: str, shape: tuple[int, ...], quantized: Int8 | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Logical dtype and feature shape of every array of a column."""
     if dtype == dtypes.TEXT:
-        return [((), 1), ((), 8)]
-    return [(shape, dtypes.stored(dtype).itemsize)]
+        return {"utf8": ("uint8", ()), "end": ("int64", ())}
+    return {"values": (dtype, shape)} if quantized is None else quantized.roles(dtype, shape)
 
 
-def _array(role: str, path: str, dtype: str, shape: tuple[int, ...], shard_bytes: int) -> ArraySchema:
-    return ArraySchema(role, path, dtype, shape, plan(shape, dtypes.stored(dtype).itemsize, shard_bytes))
+def _codec_of(role: str, codec: str) -> str:
+    """Scales are few bytes, read with every row: not worth a frame."""
+    return codecs.NONE if role == "scale" else codec
 
 
 def _axes(count: int) -> tuple[str, ...]:
@@ -146,10 +174,11 @@ class RunDocument:
     provenance: Json = field(default_factory=dict)
     fingerprint: Json = field(default_factory=dict)
     policy: Json = field(default_factory=dict)
+    session: str = ""  # the one that began it
 
     def to_attributes(self) -> Json:
         """Attributes of the root group."""
-        body = {"uid": self.uid, "model": self.model, "provenance": self.provenance}
+        body = {"uid": self.uid, "session": self.session, "model": self.model, "provenance": self.provenance}
         return {FORMAT: {"version": VERSION, **body, "fingerprint": self.fingerprint, "policy": self.policy}}
 
     @classmethod
@@ -158,14 +187,15 @@ class RunDocument:
         document = _ours(attributes, where)
         _check_version(document, where)
         try:
-            return cls(*(document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")))
+            needed = {key: document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")}
+            return cls(**needed, session=document.get("session", ""))
         except KeyError as error:
             raise DamagedError(f"{where}: the run document has no {error}") from None
 
 
 @dataclass(frozen=True)
 class PartDocument:
-    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`."""
+    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`; `nonce` is the writer's alone."""
 
     run: str
     session: str
@@ -174,6 +204,7 @@ class PartDocument:
     world_size: int = 1
     from_step: int | None = None
     writer: str = ""
+    nonce: str = ""
 
     def to_attributes(self) -> Json:
         """Attributes of the part's group."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
+from . import patterns as grammar
 from .columns import Column, Table
 from .errors import UnknownColumnError
-from .patterns import FACT_PORTS, Alias, Pattern, SiteName
+from .patterns import Alias, Pattern, SiteName
 
 
 def select(columns: Sequence[Column], patterns: Sequence[str]) -> list[Column]:
@@ -43,7 +44,7 @@ def aliases_of(column: Column) -> list[Alias]:
 def is_companion(column: Column) -> bool:
     """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
     site = column.site or {}
-    return str(site.get("reduce")).rpartition("|")[2] in ("scale", "size", "identity") or site.get("port") in FACT_PORTS
+    return grammar.is_companion(site.get("port"), site.get("reduce"))
 
 
 def is_attention(column: Column) -> bool:

@@ -7,12 +7,15 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+from . import codecs
 from .commits import ShardRecord
+from .compressed_shards import CompressedShard, RecentChunks
 from .errors import DamagedError, NotARunError
+from .geometry import Geometry
 from .part_state import attributes
 from .places import Place
 from .schema import RunDocument
-from .shards import Geometry, Shard
+from .shards import Shard
 
 MOST = 1024
 
@@ -31,6 +34,7 @@ class ShardCache:
         self._open: OrderedDict[str, tuple[ShardRecord, Shard]] = OrderedDict()
         self._most = min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._lock = threading.Lock()
+        self._recent = RecentChunks()
 
     def get(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> Shard:
         """The shard at `path`; DamagedError if its file cannot hold what was committed."""
@@ -53,7 +57,7 @@ class ShardCache:
 
     def _check_is_the_run(self) -> None:
         try:
-            found = RunDocument.from_attributes(attributes(self._place, "zarr.json"), "zarr.json").uid
+            found = RunDocument.from_attributes(attributes(self._place.read("zarr.json"), "zarr.json"), "zarr.json").uid
         except FileNotFoundError:
             found = "none"
         if found != self._run:
@@ -62,13 +66,37 @@ class ShardCache:
                 "overwritten, so open it again"
             )
 
-    def _load(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> Shard:
+    def check_size(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> None:
+        """DamagedError if the file at `path` cannot hold what was committed."""
         try:
             size = self._place.size(path)
         except FileNotFoundError:
             raise DamagedError(f"{path}: the shard is missing") from None
-        needed = geometry.file_bytes(record.rows)
-        # The tail of a part that is still being written may have grown since; a sealed shard never does.
-        if size < needed or (sealed and size != needed):
+        plain, needed = geometry.codec == codecs.NONE, file_bytes(record, geometry)
+        # The tail of a part that is still being written may have been replaced by a longer one since, which compresses to more
+        # bytes or fewer (rows take the place of fill); a sealed shard never is.
+        replaced = not sealed and (size > needed or not plain)
+        if size != needed and not replaced:
             raise DamagedError(f"{path}: the shard has {size} bytes instead of {needed}")
-        return Shard(self._place.view(path, stays=sealed), geometry, record.rows, record.crcs, verify=self._verify)
+
+    def _load(self, path: str, geometry: Geometry, record: ShardRecord, *, sealed: bool) -> Shard:
+        self.check_size(path, geometry, record, sealed=sealed)
+        data = self._place.view(path, stays=sealed)
+        try:
+            return shard_of(data, geometry, record, self._recent, verify=self._verify)
+        except DamagedError as error:
+            raise DamagedError(f"{path}: {error}") from None
+
+
+def shard_of(data: Any, geometry: Geometry, record: ShardRecord, recent: RecentChunks, *, verify: bool = True) -> Shard:
+    """A shard out of the bytes of its file; DamagedError where they cannot be one."""
+    if geometry.codec == codecs.NONE:
+        return Shard(data, geometry, record.rows, record.crcs, verify=verify)
+    return CompressedShard(data, geometry, record.rows, record.crcs, recent, verify=verify)
+
+
+def file_bytes(record: ShardRecord, geometry: Geometry) -> int:
+    """Size of a shard's file as it was committed."""
+    if geometry.codec == codecs.NONE:
+        return geometry.file_bytes(record.rows)
+    return 0 if record.nbytes is None else record.nbytes

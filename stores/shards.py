@@ -6,83 +6,32 @@ nbytes) pair of unsigned 64-bit integers per chunk of the grid, both 2^64-1 for 
 Chunks that hold no row at the time of writing are absent and a partly filled one is padded with the fill value. Because the
 position of every chunk follows from the shape, reading needs no index: a memory map and arithmetic.
 
+A compressed shard has a frame in place of each chunk's bytes (codecs `bytes`, the one that compresses, `crc32c`). Frames have sizes
+of their own, so reading such a shard does need the index; `compressed_shards` does that.
+
 Besides the checksum in the file there is the one in the commit record. It covers only the *committed* rows of the chunk, so it
-stays right when a longer tail replaces the file, and a stale or swapped file cannot pass.
+stays right when a longer tail replaces the file, and a stale or swapped file cannot pass. It is taken before compression.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
+from . import codecs
 from .dtypes import Array
-from .layout import Grid
+from .geometry import CRC_BYTES, Geometry
 
-CRC_BYTES = 4
 _ABSENT = np.uint64(2**64 - 1)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the chunks of one array's shards lie. `shape` is the feature shape of the array's rows."""
-
-    grid: Grid
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @cached_property
-    def shard_rows(self) -> int:
-        """Rows per shard."""
-        return self.grid.shard[0]
-
-    @cached_property
-    def chunk_rows(self) -> int:
-        """Rows per chunk."""
-        return self.grid.chunk[0]
-
-    @cached_property
-    def pieces(self) -> int:
-        """Chunks side by side along the first feature axis (1 unless rows are over 8 MiB)."""
-        return self.grid.shard[1] // self.grid.chunk[1] if len(self.grid.chunk) > 1 else 1
-
-    @cached_property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk without its checksum."""
-        return math.prod(self.grid.chunk) * self.dtype.itemsize
-
-    @cached_property
-    def chunk_row_bytes(self) -> int:
-        """Bytes of one row inside one chunk."""
-        return self.chunk_bytes // self.chunk_rows
-
-    @cached_property
-    def stride(self) -> int:
-        """Bytes from one chunk to the next."""
-        return self.chunk_bytes + CRC_BYTES
-
-    @cached_property
-    def slots(self) -> int:
-        """Chunks a full shard holds."""
-        return self.shard_rows // self.chunk_rows * self.pieces
-
-    def chunks_for(self, rows: int) -> int:
-        """Chunks present when the shard holds `rows` rows."""
-        return -(-rows // self.chunk_rows) * self.pieces
-
-    def file_bytes(self, rows: int) -> int:
-        """Size of a shard file that holds `rows` rows."""
-        return self.chunks_for(rows) * self.stride + 16 * self.slots + CRC_BYTES
-
-    def committed_bytes(self, chunk: int, rows: int) -> int:
-        """Bytes of chunk number `chunk` that belong to the first `rows` rows of the shard."""
-        first = chunk // self.pieces * self.chunk_rows
-        return min(self.chunk_rows, max(rows - first, 0)) * self.chunk_row_bytes
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -92,19 +41,56 @@ class Encoded:
     buffers: list[Array | bytes]
     crcs: Array
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return sum(map(_size, self.buffers))
+
 
 def encode(rows: Array, geometry: Geometry, fill: float | int | bool) -> Encoded:
     """The bytes of a shard that holds `rows` [n, *feature] of the stored dtype, 1 <= n <= shard rows; views where possible."""
     buffers: list[Array | bytes] = []
     committed: list[int] = []
-    whole = geometry.chunk_bytes
-    for first in range(0, len(rows), geometry.chunk_rows):
-        for chunk, used in _chunks(rows[first : first + geometry.chunk_rows], geometry, fill):
-            crc = google_crc32c.value(chunk)
-            buffers += (chunk, crc.to_bytes(CRC_BYTES, "little"))
-            committed.append(crc if used == whole else google_crc32c.value(chunk.reshape(-1).view("u1")[:used]))
-    buffers.append(_index(len(committed), geometry))
+    sizes: list[int] = []
+    starts = range(0, len(rows), geometry.chunk_rows)
+    chunks = (found for first in starts for found in _chunks(rows[first : first + geometry.chunk_rows], geometry, fill))
+    for body, stored, crc in _bodies(chunks, geometry):
+        buffers += (body, _little(stored))
+        committed.append(crc)
+        sizes.append(_size(body) + CRC_BYTES)
+    plain = geometry.codec == codecs.NONE
+    buffers.append(_plain_index(len(sizes), geometry) if plain else _index(np.array(sizes, "<u8"), geometry))
     return Encoded(buffers, np.array(committed, "<u4"))
+
+
+def _bodies(chunks: Iterable[tuple[Array, int]], geometry: Geometry) -> Iterator[tuple[Array | bytes, int, int]]:
+    """What stands in the shard for each chunk, the crc32c of that, and the crc32c of the bytes that belong to rows."""
+    if geometry.codec == codecs.NONE:
+        return (_plain(chunk, used) for chunk, used in chunks)
+    given, frame = list(chunks), partial(_framed, geometry.codec)
+    if len(given) == 1:
+        return iter([frame(*given[0])])
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return pool.map(frame, *zip(*given, strict=True))
+
+
+def _plain(chunk: Array, used: int) -> tuple[Array, int, int]:
+    crc = google_crc32c.value(chunk)
+    return chunk, crc, crc if used == chunk.nbytes else _crc_of_rows(chunk, used)
+
+
+def _framed(codec: str, chunk: Array, used: int) -> tuple[bytes, int, int]:
+    frame = codecs.compress(chunk, codec)
+    return frame, google_crc32c.value(frame), _crc_of_rows(chunk, used)
+
+
+def _crc_of_rows(chunk: Array, used: int) -> int:
+    crc: int = google_crc32c.value(chunk.reshape(-1).view("u1")[:used])
+    return crc
+
+
+def _size(buffer: Array | bytes) -> int:
+    return len(buffer) if isinstance(buffer, bytes) else buffer.nbytes
 
 
 def _chunks(rows: Array, geometry: Geometry, fill: float | int | bool) -> list[tuple[Array, int]]:
@@ -126,12 +112,29 @@ def _padded(rows: Array, chunk: tuple[int, ...], fill: float | int | bool) -> Ar
 
 
 @lru_cache(maxsize=256)
-def _index(present: int, geometry: Geometry) -> bytes:
+def _plain_index(present: int, geometry: Geometry) -> bytes:
+    return _index(np.full(present, geometry.stride, "<u8"), geometry)
+
+
+def _index(sizes: Array, geometry: Geometry) -> bytes:
+    """The index of a shard whose first chunks take so many bytes each, checksums included."""
     index = np.full((geometry.slots, 2), _ABSENT, "<u8")
-    index[:present, 0] = np.arange(present, dtype="<u8") * np.uint64(geometry.stride)
-    index[:present, 1] = geometry.stride
+    index[: len(sizes), 0] = np.cumsum(sizes) - sizes
+    index[: len(sizes), 1] = sizes
     body = index.tobytes()
     return body + _little(google_crc32c.value(body))
+
+
+def read_index(data: Array, geometry: Geometry) -> Array | None:
+    """(offset, bytes) of every chunk in a shard's bytes; None for an index that is damaged, or not of chunks one after another."""
+    end = len(data) - geometry.index_bytes
+    if end <= 0:
+        return None
+    found = np.frombuffer(data[end:-CRC_BYTES].tobytes(), "<u8").reshape(-1, 2)
+    sizes = found[found[:, 1] != _ABSENT, 1]
+    # Each size is looked at before their sum, which could come round to the right one.
+    fits = len(sizes) > 0 and sizes.min() > CRC_BYTES and sizes.max() <= end and sizes.sum() == end
+    return found[: len(sizes)] if fits and _index(sizes, geometry) == data[end:].tobytes() else None
 
 
 def _little(crc: int) -> bytes:
@@ -156,14 +159,13 @@ class Shard:
 
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First and one past the last row of the shard that chunk number `chunk` holds."""
-        first = chunk // self._geometry.pieces * self._geometry.chunk_rows
-        return first, min(first + self._geometry.chunk_rows, self._rows)
+        return self._geometry.rows_of(chunk, self._rows)
 
     def structure_is_right(self) -> bool:
         """Whether the parts that only foreign readers use (stored checksums, index) are right too."""
         present = self._geometry.chunks_for(self._rows)
         tail: bytes = self._bytes[present * self._geometry.stride :].tobytes()
-        return tail == _index(present, self._geometry) and all(map(self._stored_crc_is_right, range(present)))
+        return tail == _plain_index(present, self._geometry) and all(map(self._stored_crc_is_right, range(present)))
 
     def chunks_of(self, start: int, stop: int) -> range:
         """The chunks that hold rows [start, stop)."""
@@ -176,7 +178,7 @@ class Shard:
         first, last = start // geometry.chunk_rows, (stop - 1) // geometry.chunk_rows
         if geometry.pieces > 1:
             return self._split_rows(np.arange(start, stop))
-        if first == last and geometry.dtype.itemsize <= CRC_BYTES:
+        if first == last and self._is_aligned:
             return self._chunk(first)[start - first * geometry.chunk_rows : stop - first * geometry.chunk_rows]
         return self._across(start, stop)
 
@@ -193,6 +195,11 @@ class Shard:
         windows = np.lib.stride_tricks.as_strided(words, (len(words) - per_row + 1, per_row), (unit, unit), writeable=False)
         found: Array = windows[start]
         return found.view(geometry.dtype).reshape(len(rows), *geometry.shape)
+
+    @property
+    def _is_aligned(self) -> bool:
+        """Whether every chunk can be seen as its dtype where it lies: checksums push chunks to multiples of their four bytes."""
+        return self._geometry.dtype.itemsize <= CRC_BYTES
 
     @cached_property
     def _words(self) -> tuple[Array, int]:

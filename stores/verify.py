@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import runs, zarr_documents
-from .errors import StoreError
+from . import commits, runs, zarr_documents
+from .dtypes import Array
+from .errors import NotARunError, StoreError
 from .part_reader import ArrayReader, PartReader
-from .part_state import PartState, claimed_parts, read_part
+from .part_state import PartState, claimed_parts, list_path, read_list, read_part
 from .parts import group_folders
 from .places import LocalPlace, Place
 from .schema import Json
@@ -19,47 +21,62 @@ from .shard_cache import ShardCache
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged object: its path, what is wrong, and the first and last id of the examples it holds (None: not known)."""
+    """One damaged object: its path, what is wrong, and the examples it holds values of.
+
+    `first` and `last` are ids of examples (None where ids are damaged too, or no example is concerned), `numbers` their first and
+    last number in their part.
+    """
 
     path: str
     reason: str
     first: str | int | None = None
     last: str | int | None = None
+    numbers: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        affected = f" (examples {self.first!r} to {self.last!r})" if self.first is not None else ""
+        affected = ""
+        if self.first is not None:
+            affected = f" (examples {self.first!r} to {self.last!r})"
+        elif self.numbers is not None:
+            affected = f" (examples number {self.numbers[0]} to {self.numbers[1]} of the part)"
         return f"{self.path}: {self.reason}{affected}"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check found."""
+    """What a check found. `unfinished` is what a killed writer leaves behind: no damage, and nothing committed is in it."""
 
     path: str
     shards: int
     nbytes: int
     damaged: tuple[Damage, ...]
+    unfinished: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether everything committed is there, bit for bit."""
+        """Whether everything committed is there, bit for bit (after a quick check: whole in size)."""
         return not self.damaged
 
     def __repr__(self) -> str:
         state = "sound" if self.ok else f"{len(self.damaged)} damaged objects"
         listed = "".join(f"\n  {damage}" for damage in self.damaged[:20])
-        return f"<Verification {self.path}: {state}; {self.shards} shards, {self.nbytes} bytes read>{listed}"
+        more = "".join(f"\n  {note}" for note in self.unfinished[:20])
+        return f"<Verification {self.path}: {state}; {self.shards} shards, {self.nbytes} bytes read>{listed}{more}"
 
 
-def verify_run(path: Path) -> Verification:
-    """Read every committed byte of a run and compare; damage of any kind is listed, not raised."""
+def verify_run(path: Path, *, quick: bool = False) -> Verification:
+    """Compare every committed byte with what was committed; damage of any kind is listed, not raised.
+
+    Args:
+        quick: look at sizes only, and at everything that is not values: finds what is missing or cut, not what has changed.
+    """
     place = LocalPlace(path)
-    uid = runs.read_document(place, path).uid
-    checks = _Checks(place, uid)
+    checks = _Checks(place, quick=quick)
+    uid = checks.root(path)
     checks.groups_above()
     for name in claimed_parts(place):
         checks.part(uid, name)
-    return Verification(str(path), checks.shards, checks.nbytes, tuple(checks.damaged))
+    return Verification(str(path), checks.shards, checks.nbytes, tuple(checks.damaged), tuple(checks.unfinished))
 
 
 def _path_in(error: Exception, otherwise: str) -> str:
@@ -69,30 +86,72 @@ def _path_in(error: Exception, otherwise: str) -> str:
 
 
 class _Checks:
-    def __init__(self, place: Place, run: str) -> None:
+    def __init__(self, place: Place, *, quick: bool) -> None:
         self._place = place
-        self._cache = ShardCache(place, run, verify=True)
+        self._quick = quick
         self.shards = 0
         self.nbytes = 0
         self.damaged: list[Damage] = []
+        self.unfinished: list[str] = []
+
+    def root(self, path: Path) -> str:
+        """Check the run document; the run's uid, as far as anything tells it."""
+        there = claimed_parts(self._place)
+        try:
+            return runs.read_document(self._place, path).uid
+        except NotARunError:
+            if not there:
+                raise
+            reason = "the run document is missing, or not one"
+        except StoreError as error:
+            reason = str(error).removeprefix(f"{runs.ROOT}: ")
+        self._add(runs.ROOT, reason)
+        return next((found.run for found in runs.statements(self._place)), "")
 
     def groups_above(self) -> None:
         if self._content("parts/zarr.json") != zarr_documents.group():
-            self.damaged.append(Damage("parts/zarr.json", "the group document is missing or damaged"))
+            self._add("parts/zarr.json", "the group document is missing or damaged")
 
     def part(self, run: str, name: str) -> None:
         try:
-            state = read_part(self._place, run, name)
+            state = read_part(self._place, run, name, whole=True)
         except (StoreError, OSError) as error:
-            self.damaged.append(Damage(_path_in(error, f"parts/{name}"), str(error)))
+            path = _path_in(error, f"parts/{name}")
+            self._add(path, str(error).removeprefix(f"{path}: "))
             return
-        reader = PartReader(state, self._cache)
+        if state.closed and not state.ended:
+            self.unfinished.append(f"{commits.end_path(name)}: missing, though the part was closed; a resumed recording writes it")
+        self._statements(state)
+        self._lists(state)
+        reader = PartReader(state, ShardCache(self._place, run, verify=True))
         self._groups(name, state)
         for column in state.columns.values():
             for role in column.arrays.values():
                 document = zarr_documents.array(column, role)
                 self._document(f"parts/{name}/{role.path}/zarr.json", document, reader.array(role).rows)
                 self._array(reader, role.path, reader.array(role))
+
+    def _add(self, path: str, reason: str) -> None:
+        if not any(damage.path == path and damage.reason == reason for damage in self.damaged):
+            self.damaged.append(Damage(path, reason))
+
+    def _statements(self, state: PartState) -> None:
+        """What the part's records say of documents and files that are not its own."""
+        for path, text in state.copies.items():
+            if self._content(path) != text.encode():
+                self._add(path, "the document is not the one that was written")
+        for name, digest in state.assets.items():
+            if hashlib.sha256(self._content(f"assets/{name}")).hexdigest() != digest:
+                self._add(f"assets/{name}", "the file is missing, or not the one that was written")
+
+    def _lists(self, state: PartState) -> None:
+        for file, arrays in state.lists.items():
+            for listed in arrays.values():
+                path = list_path(state.name, file)
+                try:
+                    read_list(self._place, path, listed)
+                except StoreError as error:
+                    self._add(path, str(error).removeprefix(f"{path}: "))
 
     def _groups(self, name: str, state: PartState) -> None:
         """The groups that a foreign reader needs to find the arrays below."""
@@ -117,37 +176,39 @@ class _Checks:
             return b""
 
     def _array(self, reader: PartReader, array_path: str, array: ArrayReader) -> None:
-        for number, path, sealed in array.shards():
+        try:
+            shards = list(array.shards())
+        except StoreError:
+            return  # the list that names them is damaged, and reported
+        for number, path, _ in shards:
             self.shards += 1
-            for reason, start, stop in self._shard(array, number, path, sealed=sealed):
-                self.damaged.append(Damage(path, reason, *_ids(reader, array_path, start, stop)))
+            for reason, start, stop in self._shard(array, number, path):
+                examples = reader.examples_of(array_path, start, stop)
+                self.damaged.append(Damage(path, reason, *_ids(reader, examples), numbers=_ends(examples)))
 
-    def _shard(self, array: ArrayReader, number: int, path: str, *, sealed: bool) -> Iterator[tuple[str, int, int]]:
+    def _shard(self, array: ArrayReader, number: int, path: str) -> Iterator[tuple[str, int, int]]:
         first, last = array.rows_in(number)
         try:
+            array.check_size(number)
+            if self._quick:
+                return
             shard = array.open(number)
         except (StoreError, OSError) as error:
             yield str(error).removeprefix(f"{path}: "), first, last
             return
-        self.nbytes += self._place.size(path)
+        size = self._place.size(path)
+        self.nbytes += size
         bad = shard.damaged()
         for chunk in bad:
             start, stop = shard.rows_of(chunk)
             yield f"chunk {chunk} does not hold the bytes that were committed", first + start, first + stop
-        if not bad and sealed and not shard.structure_is_right():
+        if not bad and size == array.file_bytes(number) and not shard.structure_is_right():
             yield "a checksum in the file or its index is damaged (values are right)", first, last
 
 
-def _ids(reader: PartReader, array_path: str, start: int, stop: int) -> tuple[str | int | None, str | int | None]:
-    try:
-        found = reader.examples_of(array_path, start, stop)
-        if found is None:
-            return None, None
-        ids = reader.slice(reader.state.columns["example/id"], found[0], found[1] + 1)
-    except StoreError:
-        return None, None
-    return _plain(ids[0]), _plain(ids[-1])
+def _ids(reader: PartReader, examples: Array) -> tuple[Any, Any]:
+    return (reader.ids_of(examples) if len(examples) else None) or (None, None)
 
 
-def _plain(id_: Any) -> str | int:
-    return id_ if isinstance(id_, str) else int(id_)
+def _ends(examples: Array) -> tuple[int, int] | None:
+    return (int(examples[0]), int(examples[-1])) if len(examples) else None

@@ -6,7 +6,10 @@ import atexit
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +17,23 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from . import keys, layout, names, runs
+from . import cadence, chain, codecs, keys, layout, names, runs, termination
+from . import quantize as quantizing
+from .background import Background, Task
 from .cadence import Cadence
-from .dtypes import TEXT
-from .errors import BrokenWriterError, KeyRepeatedError, SchemaError
-from .keys import KeySet
-from .parts import Description, PartWriter, key_columns, start_columns
+from .dtypes import TEXT, Array
+from .errors import BrokenWriterError, DiskShortError, KeyRepeatedError, SchemaError
+from .held import Held, Holdings, Lengths, holdings
+from .open_parts import OpenParts
+from .parts import Description, PartWriter, key_columns
 from .places.local import Durability, LocalPlace
-from .ragged import Cells, Lengths, cells, lengths_of
-from .schema import Json, PartDocument
+from .ragged import Cells, cells, lengths_of
+from .ragged import Lengths as GivenLengths
+from .schema import ColumnSchema, Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
+_SITE = ("path", "port", "call", "layout", "reduce", "target", "scaled")  # what must be the same for values to be comparable
+RESERVE = 8 << 20  # bytes that a disk is left with
 
 
 class RunWriter:
@@ -32,12 +41,21 @@ class RunWriter:
 
     Args:
         path: the run's folder, by custom `NAME.zarr`.
-        mode: `create` refuses a path that exists; `resume` continues the run (or starts it, if there is none) and skips nothing by
-            itself: ask `committed_ids`; `overwrite` renames an existing run aside and starts a new one. Nothing is written, or
-            renamed, before the first append.
+        mode: `create` refuses a path that exists; `resume` continues the run (or starts it, if there is none), adding examples, or
+            columns to examples it has; `overwrite` renames an existing run aside and starts a new one. Nothing is written, or
+            renamed, before the first append; but `resume` seals at once what other sessions have left open, so that a writer
+            which is not gone after all fails at its next commit.
         durability: `fsync` (a commit survives a power loss) or `rename` (it survives the end of the process).
         memory_budget: bytes that buffers may take. Half of it holds one shard per array; the rest is for what is being appended.
+        compress: `lz4` or `zstd` for all columns with rows of at least 64 bytes; by default nothing is compressed.
         about: `model`, `provenance`, `fingerprint` and `policy` of the run document, each a JSON object.
+        session: what writers that belong together have in common, such as the ranks of one job: they add to one run side by side,
+            and an example that several of them write counts once. One of its own by default.
+        rank, world_size: which writer of the session this is; kept in the part's document.
+        background: write in a thread of its own. `append` then returns when the queue, half of the budget, has room; an error
+            of the thread is raised by the next call.
+        commit_seconds: commit at the first append after this time, even where that rewrites much.
+        commit_bytes: commit after so many bytes, whatever that costs; None for no such limit.
 
     >>> with RunWriter("written.zarr") as writer:
     ...     states = [np.ones((3, 2), np.float16), np.zeros((5, 2), np.float16)]
@@ -57,26 +75,53 @@ class RunWriter:
         mode: Mode = "create",
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
+        compress: str | None = None,
         about: Mapping[str, Json] | None = None,
+        session: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        background: bool = False,
+        commit_seconds: float = cadence.SLOWEST,
+        commit_bytes: int | None = None,
     ) -> None:
         self.path = Path(path).absolute()  # the working directory may change while the writer lives
-        self._budget = memory_budget
+        codecs.check(compress)
         self._place = LocalPlace(self.path, durability)
         self._mode = mode
-        self._run, self._started = runs.document_for(self._place, mode, dict(about or {}))
+        self._session, self._rank, self._world_size = session or uuid.uuid4().hex, rank, world_size
+        self._run, self._started = runs.document_for(self._place, mode, self._session, dict(about or {}))
+        before = self._taken_over() if self._started else Holdings(Held(), None, {})
+        self._held, self._id_kind, self.columns = before.held, before.id_kind, before.columns
+        self._lengths: Lengths | None = None
+        self._new_columns: frozenset[str] | None = None
         self._assets: dict[str, bytes] = {}
-        self._session = uuid.uuid4().hex
+        self._asset_digests: dict[str, str] = {}
         self._descriptions: dict[str, Description] = {}
-        self._nonfinite: dict[str, int] = {}
         self._pending: set[bytes] = set()
-        self._cadence = Cadence()
+        self._uncommitted: list[Written] = []
+        self._committed: deque[Written] = deque()
+        self._cadence = Cadence(commit_seconds, commit_bytes)
         self._broken: BaseException | None = None
         self._closed = False
+        self.appended_bytes = 0
         self._pid = os.getpid()
-        held = runs.holdings(self._place, self._run.uid) if self._started else runs.Holdings(KeySet(), None, {})
-        self.committed_ids, self._id_kind = held.keys, held.id_kind
-        self._part = PartWriter(self._place, self._part_document(), memory_budget, held.kinds)
+        self._parts = OpenParts(self._place, self._part_document, memory_budget, before.columns, compress or codecs.NONE)
+        self._background = Background(memory_budget // 2) if background else None
+        self._watched = termination.watch()
         atexit.register(self.close)  # also what is forgotten is committed
+
+    @property
+    def committed_ids(self) -> Held:
+        """What the run holds: `x in writer.committed_ids` takes an id or a whole (id, phase, step)."""
+        while self._committed:
+            written = self._committed.popleft()
+            self._held.add(written.columns, written.digests)
+            self._pending.difference_update(written.digests)
+        return self._held
+
+    def missing(self, columns: Iterable[str], id_: str | int, phase: str = keys.PHASE, step: int = keys.STEP) -> frozenset[str]:
+        """Those of the columns that the run does not have for an example yet."""
+        return frozenset(columns) - self.committed_ids.columns(keys.digest(id_, phase, step))
 
     @property
     def uid(self) -> str:
@@ -84,15 +129,32 @@ class RunWriter:
         return self._run.uid
 
     def describe(
-        self, column: str, *, axes: tuple[str, ...] | None = None, site: Json | None = None, attributes: Json | None = None
+        self,
+        column: str,
+        *,
+        axes: tuple[str, ...] | None = None,
+        site: Json | None = None,
+        attributes: Json | None = None,
+        compress: str | None = None,
+        quantize: str | None = None,
     ) -> None:
-        """Say what a column is, before the first append: names of its feature axes, its site, attributes for all readers."""
+        """Say what a column is, before the first append.
+
+        Args:
+            axes: names of its feature axes.
+            site, attributes: its recorded site, and what else all readers should know; JSON objects.
+            compress: `none`, `lz4` or `zstd`, instead of the writer's `compress`.
+            quantize: `int8` keeps a float16, bfloat16 or float32 column as codes with a scale per row; what that costs is measured.
+        """
         names.split(column)
-        if self._part.name:
+        if self._parts.describes(column):
             raise SchemaError(f"column {column!r} can be described only before the first append")
         for said in (site, attributes):
             _check_json(column, said)
-        self._descriptions[column] = Description(axes, site, attributes or {})
+        codecs.check(compress)
+        quantizing.check(quantize)
+        _check_same_site(column, site, self.columns)
+        self._descriptions[column] = Description(axes, site, attributes or {}, compress, quantize)
 
     def add_asset(self, name: str, content: bytes) -> None:
         """Keep a file beside the tables (a tokenizer's, say); one that is there already stays. Written with the first append."""
@@ -104,7 +166,7 @@ class RunWriter:
         *,
         ids: Any,
         columns: Mapping[str, Any],
-        lengths: Lengths | None = None,
+        lengths: GivenLengths | None = None,
         phase: str = keys.PHASE,
         step: int = keys.STEP,
         nonfinite: Mapping[str, int] | None = None,
@@ -120,7 +182,8 @@ class RunWriter:
             nonfinite: rows per column that are known to hold NaN or infinity; shown by `tensortape info`.
 
         Raises:
-            SchemaError, KeyRepeatedError: nothing was appended. OSError: the writer is unusable, what was committed stands.
+            SchemaError, KeyRepeatedError, DiskShortError: nothing was appended. Any other OSError: the writer is unusable, what was
+            committed stands.
         """
         self.drain(ids=ids, columns=dict(columns), lengths=lengths, phase=phase, step=step, nonfinite=nonfinite)
 
@@ -129,7 +192,7 @@ class RunWriter:
         *,
         ids: Any,
         columns: dict[str, Any],
-        lengths: Lengths | None = None,
+        lengths: GivenLengths | None = None,
         phase: str = keys.PHASE,
         step: int = keys.STEP,
         nonfinite: Mapping[str, int] | None = None,
@@ -140,35 +203,49 @@ class RunWriter:
         keys.check_key(phase, step)
         if not ids:
             return
-        digests = self._check_ids(ids, phase, step)
-        given = self._cells(ids, columns, lengths or {}, phase, int(step))
+        digests = self._check_ids(ids, phase, step, columns)
+        given, found = self._cells(ids, columns, lengths or {}, phase, int(step))
+        written = Written(frozenset(columns), digests)
+        self._check_held(ids, written, found)
         size = sum(column.nbytes for column in given.values())
-        self._part.prepare(given, self._descriptions)
+        self.check_disk(size, "what is to be appended")
+        part = self._parts.prepare(given, found, self._descriptions, self._retire)
         columns.clear()
-        with _Breaks(self):
-            self._start()
-            self._part.append(given)
-        self._pending.update(digests)
         self._id_kind = keys.kind_of(ids)
-        for name, count in (nonfinite or {}).items():
-            self._nonfinite[name] = self._nonfinite.get(name, 0) + int(count)
-        if self._cadence.due(size, self._part.held_bytes):
-            self.commit()
+        self._new_columns = self._new_columns or self._columns_if_new(written)
+        self._pending.update(digests)
+        self.appended_bytes += size
+        self._do(size, partial(self._append, part, given, written, dict(nonfinite or {})))
+
+    def check_disk(self, nbytes: int, what: str) -> None:
+        """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
+        waiting = 0 if self._background is None else self._background.waiting
+        needed, free = nbytes + waiting + self._parts.held_bytes + RESERVE, self._place.free()
+        if needed > free:
+            raise DiskShortError(
+                f"{what} needs about {needed / 1e9:,.3f} GB with what is buffered, but the disk of {self.path} has "
+                f"{free / 1e9:,.3f} GB free. What was recorded so far is kept: free some space and go on with mode='resume'; or "
+                "record to another disk, fewer sites, or in a smaller dtype"
+            )
 
     def commit(self) -> None:
         """Make everything appended so far visible and durable; acknowledged when this returns."""
         self._check_usable()
-        if self._pending:
-            self._commit("commit")
+        self._do(0, self._commit_pending)
+        self._wait()
 
     def close(self) -> None:
         """Commit and close the part; the writer cannot be used afterwards. Closing twice does nothing."""
-        if self._closed or self._broken is not None or os.getpid() != self._pid:
+        if self._closed or os.getpid() != self._pid:
             return
-        if self._part.name:
-            self._commit("closed")
         self._closed = True
         atexit.unregister(self.close)
+        try:
+            if self._broken is None:
+                self._do(0, partial(self._commit, "closed"))
+            self._wait()
+        finally:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -180,31 +257,80 @@ class RunWriter:
         state = "closed" if self._closed else "broken" if self._broken is not None else "open"
         return f"<RunWriter {self.path} {state}: {len(self.committed_ids)} examples committed, {len(self._pending)} pending>"
 
+    def _taken_over(self) -> Holdings:
+        """What the run holds, once nobody else adds to it."""
+        chain.seal_others(self._place, self._run.uid, self._session)
+        return holdings(self._place, self._run.uid)
+
+    def _do(self, size: int, task: Task) -> None:
+        """Do a step of writing: now, or in the background."""
+        if self._background is None:
+            task()
+        else:
+            self._background.add(size, task)
+
+    def _wait(self) -> None:
+        if self._background is not None:
+            self._background.wait()
+
+    def _release(self) -> None:
+        if self._background is not None:
+            self._background.stop()
+        if self._watched:
+            termination.unwatch()
+            self._watched = False
+
+    def _append(self, part: PartWriter, given: dict[str, Cells], written: Written, nonfinite: Mapping[str, int]) -> None:
+        size = sum(column.nbytes for column in given.values())
+        with _Breaks(self), termination.postponed():
+            self._start()
+            part.append(given, nonfinite)
+        self._uncommitted.append(written)
+        if self._cadence.due(size, self._parts.held_bytes):
+            self._commit_pending()
+
+    def _commit_pending(self) -> None:
+        if self._uncommitted:
+            self._commit("commit")
+
+    def _commit(self, kind: str) -> None:
+        if not self._parts.started:
+            return
+        with _Breaks(self), termination.postponed(), self._cadence:
+            runs.check_is(self._place, self._run.uid, self.path)
+            self._parts.commit(kind, self._asset_digests)
+        self._committed.extend(self._uncommitted)
+        self._uncommitted = []
+
+    def _retire(self, part: PartWriter) -> None:
+        """Close a part before the others."""
+        self._do(0, partial(part.commit, "closed"))
+
     def _start(self) -> None:
         """What has to be on disk before the first part: the run, unless it is there, and files beside its tables."""
         if not self._started:
-            runs.start(self._place, self._mode, self._run)
+            self._run = runs.start(self._place, self._mode, self._run)
             self._started = True
         runs.check_is(self._place, self._run.uid, self.path)
-        there = self._place.names("assets") if self._assets else []
         for name, content in self._assets.items():
-            if name not in there:
-                self._place.create(f"assets/{name}", [content])
+            self._asset_digests[name] = runs.keep_asset(self._place, name, content)
         self._assets = {}
 
     def _part_document(self) -> PartDocument:
-        return PartDocument(run=self._run.uid, session=self._session, writer=f"tensortape {version('tensortape')}")
-
-    def _commit(self, kind: str) -> None:
-        with _Breaks(self), self._cadence:
-            runs.check_is(self._place, self._run.uid, self.path)
-            self._part.commit(kind, nonfinite=self._nonfinite)
-        self.committed_ids.add(self._pending)
-        self._pending = set()
+        return PartDocument(
+            run=self._run.uid,
+            session=self._session,
+            rank=self._rank,
+            world_size=self._world_size,
+            writer=f"tensortape {version('tensortape')}",
+            nonce=uuid.uuid4().hex,
+        )
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise BrokenWriterError("this writer belongs to the parent process; open one in the process that writes")
+        if self._background is not None:
+            self._background.check()
         if self._broken is not None:
             raise BrokenWriterError(
                 f"this writer failed before ({self._broken}); reopen the run with mode='resume'"
@@ -212,32 +338,66 @@ class RunWriter:
         if self._closed:
             raise BrokenWriterError("this writer is closed")
 
-    def _check_ids(self, ids: keys.Ids, phase: str, step: int) -> list[bytes]:
+    def _check_ids(self, ids: keys.Ids, phase: str, step: int, columns: Iterable[str]) -> list[bytes]:
         if self._id_kind not in (None, keys.kind_of(ids)):
             raise SchemaError(f"this run's ids are {self._id_kind}, but got {ids[0]!r}; ids are of one kind throughout a run")
         keys.check_unique(ids)
         digests = keys.digests(ids, phase, step)
+        held = self.committed_ids
         for id_, digest in zip(ids, digests, strict=True):
-            if digest in self._pending or self.committed_ids.has(digest):
+            if digest in self._pending or (held.has(digest) and not held.columns(digest).isdisjoint(columns)):
                 raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
         return digests
 
-    def _cells(self, ids: keys.Ids, columns: Mapping[str, Any], lengths: Lengths, phase: str, step: int) -> dict[str, Cells]:
+    def _check_held(self, ids: keys.Ids, written: Written, lengths: Mapping[str, Array]) -> None:
+        """Examples that are new need the columns of every new one; those the run has need as many rows as they have."""
+        new = self._columns_if_new(written)
+        if new and self._new_columns and new != self._new_columns:
+            missing, added = sorted(self._new_columns - new), sorted(new - self._new_columns)
+            raise SchemaError(f"every append needs the same columns as the first; missing: {missing}, new: {added}")
+        held = np.array([self._held.has(digest) for digest in written.digests], bool)
+        there = [digest for digest, known in zip(written.digests, held, strict=True) if known]
+        if not there:
+            return
+        if self._lengths is None or not self._lengths.knows(there):
+            self._lengths = Lengths(self._place, self._run.uid)
+        for table, given in lengths.items():
+            recorded = self._lengths.of(table, there)
+            wrong = np.flatnonzero((recorded >= 0) & (recorded != given[held]))
+            if len(wrong):
+                at = int(wrong[0])
+                raise SchemaError(
+                    f"example {ids[int(np.flatnonzero(held)[at])]!r} has {recorded[at]} rows in table {table!r} of the run, but is "
+                    f"given {given[held][at]}; is it cut into the same tokens?"
+                )
+
+    def _columns_if_new(self, written: Written) -> frozenset[str] | None:
+        """The columns of an append, if any of its examples is new to the run."""
+        return None if all(map(self._held.has, written.digests)) else written.columns
+
+    def _cells(
+        self, ids: keys.Ids, columns: Mapping[str, Any], lengths: GivenLengths, phase: str, step: int
+    ) -> tuple[dict[str, Cells], dict[str, Array]]:
+        """Cells of all columns but `start` and `length`, and the rows per example of each ragged table."""
         for name in columns:
             names.refuse_bookkeeping(name)
             if names.split(name)[0] == "step":
                 raise SchemaError(f"column {name!r}: rows of the step table belong to training steps, not to examples")
         given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
-        found = lengths_of(given, lengths, len(ids))
-        return {
-            **given,
-            **start_columns(found, self._part.rows),
-            **key_columns(
-                np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64),
-                np.full(len(ids), phase, object),
-                np.full(len(ids), step, np.int64),
-            ),
-        }
+        own = key_columns(
+            np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64),
+            np.full(len(ids), phase, object),
+            np.full(len(ids), step, np.int64),
+        )
+        return {**given, **own}, lengths_of(given, lengths, len(ids))
+
+
+@dataclass(frozen=True)
+class Written:
+    """Examples of one append, and the columns they were given."""
+
+    columns: frozenset[str]
+    digests: list[bytes]
 
 
 class _Breaks:
@@ -251,6 +411,16 @@ class _Breaks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._writer._broken = error
+
+
+def _check_same_site(column: str, site: Json | None, known: Mapping[str, ColumnSchema]) -> None:
+    """SchemaError where a column was recorded in another way before."""
+    if column not in known or known[column].site is None or site is None:
+        return
+    before, now = known[column].site or {}, json.loads(json.dumps(site))
+    differing = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in _SITE if before.get(key) != now.get(key)]
+    if differing:
+        raise SchemaError(f"column {column!r} was recorded in another way before: {'; '.join(differing)}")
 
 
 def _check_json(column: str, said: Json | None) -> None:

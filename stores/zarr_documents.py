@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from . import dtypes
+from . import codecs, dtypes
 from .layout import Grid
 from .schema import ArraySchema, ColumnSchema, Json
 
@@ -27,8 +27,10 @@ def group(attributes: Json | None = None) -> bytes:
 
 def array(column: ColumnSchema, role: ArraySchema) -> Json:
     """The document of one array of a column, still without rows; `with_rows` makes it a file."""
-    attributes = {**column.attributes, "logical_dtype": role.dtype, "column": column.name}
-    return {**_plain_array(role.dtype, role.shape, role.grid, _dimensions(column, role)), "attributes": attributes}
+    exact = {"positions": list(column.quantized.outliers)} if column.quantized is not None and role.name == "outliers" else {}
+    attributes = {**column.attributes, "logical_dtype": role.dtype, "column": column.name, **exact}
+    plain = _plain_array(role.dtype, role.shape, role.grid, _dimensions(column, role), role.codec)
+    return {**plain, "attributes": attributes}
 
 
 def with_rows(document: Json, rows: int) -> bytes:
@@ -60,16 +62,17 @@ def _plain_group() -> Json:
 
 
 @cache
-def _plain_array(dtype: str, shape: tuple[int, ...], grid: Grid, dimensions: tuple[str, ...]) -> Json:
+def _plain_array(dtype: str, shape: tuple[int, ...], grid: Grid, dimensions: tuple[str, ...], codec: str) -> Json:
     kept: dict[str, Any] = {}
+    stored = dtypes.stored(dtype)
     zarr.create_array(
         MemoryStore(kept),
         shape=(0, *shape),
         chunks=grid.chunk,
         shards=grid.shard,
-        dtype=dtypes.stored(dtype).name,
+        dtype=stored.name,
         filters=None,
-        compressors=[Crc32cCodec()],
+        compressors=[*codecs.zarr_codecs(codec, stored.itemsize), Crc32cCodec()],
         fill_value=dtypes.fill_value(dtype),
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=dimensions,

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import strategies as st
 
 from tensortape.stores import RunWriter, layout
+from tensortape.stores.geometry import Geometry
+from tensortape.stores.layout import Grid
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -96,6 +98,36 @@ def features(tables: Sequence[str] = ("token", "token.image", "example")) -> st.
     return st.lists(parts, min_size=1, max_size=6).map(
         lambda drawn: [Feature(f"{table}/c{number}", dtype, shape) for number, (table, dtype, shape) in enumerate(drawn)]
     )
+
+
+def stored_values(dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Random bits of the dtype that a shard holds: bfloat16 as uint16."""
+    values = random_values(np.random.default_rng(seed), dtype, shape)
+    return bits(values) if dtype == "bfloat16" else values
+
+
+@st.composite
+def whole_rows(draw):
+    """Rows of a shard whose chunks hold whole rows: geometry and at least one row."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=2)))
+    chunk, chunks = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4]))
+    count = draw(st.integers(1, chunk * chunks))
+    rows = stored_values(draw(st.sampled_from(sorted(DTYPES))), (count, *shape), draw(seeds))
+    return Geometry(Grid((chunk, *shape), (chunk * chunks, *shape)), shape, rows.dtype), rows
+
+
+@st.composite
+def cut_rows(draw):
+    """Rows that are cut along their first feature axis: one row per chunk row, the last piece padded."""
+    shape = (draw(st.integers(2, 9)), *draw(st.lists(st.integers(1, 3), max_size=1)))
+    width, shard_rows = draw(st.integers(1, shape[0] - 1)), draw(st.sampled_from([1, 2, 4]))
+    count = draw(st.integers(1, shard_rows))
+    rows = stored_values(draw(st.sampled_from(sorted(DTYPES))), (count, *shape), draw(seeds))
+    whole = -(-shape[0] // width) * width
+    return Geometry(Grid((1, width, *shape[1:]), (shard_rows, whole, *shape[1:])), shape, rows.dtype), rows
+
+
+drawn_shards = st.one_of(whole_rows(), cut_rows())
 
 
 lengths = st.lists(st.integers(0, 40), min_size=1, max_size=6)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from .contract import Buffers
 
 Durability = Literal["fsync", "rename"]
 PARTIAL = ".partial"
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 _BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
 
 
@@ -45,6 +48,11 @@ class LocalPlace:
         with self._partial(final, buffers) as partial:
             partial.replace(final)
 
+    def remove(self, path: str) -> None:
+        """Remove an object."""
+        (self.root / path).unlink()
+        self._note((self.root / path).parent)
+
     def settle(self) -> None:
         """Sync the folders in which names have changed."""
         for folder in sorted(self._unsettled):
@@ -55,9 +63,18 @@ class LocalPlace:
         """The whole object."""
         return (self.root / path).read_bytes()
 
+    def exists(self, path: str) -> bool:
+        """Whether there is such an object."""
+        return (self.root / path).exists()
+
     def size(self, path: str) -> int:
         """Bytes of the object."""
         return (self.root / path).stat().st_size
+
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(there).free
 
     def view(self, path: str, *, stays: bool) -> Any:
         """A memory map where the object stays as it is, else its bytes."""
@@ -71,6 +88,12 @@ class LocalPlace:
         folder = self.root / path
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if not name.endswith(PARTIAL))
+
+    def unfinished(self, path: str) -> list[str]:
+        """The names of unfinished objects directly below a folder, sorted."""
+        folder = self.root / path
+        found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
+        return sorted(name for name in found if _UNFINISHED.fullmatch(name))
 
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:

@@ -117,3 +117,21 @@ def test_one_group_is_an_error(run: Run) -> None:
 def test_unknown_labels_are_an_error_that_lists_the_known(run: Run) -> None:
     with pytest.raises(UnknownColumnError, match="token/nothing"):
         fit_probes(run, labels="token/nothing")
+
+
+def test_sites_on_other_rows_than_the_labels(run: Run) -> None:
+    """A sample of tokens has labels of its own; those of all tokens do not fit it."""
+    name = "token.sample0.5.seed0/layers.0:out|sample0.5.seed0"
+    lengths = run.tables["token"].lengths
+    halves = [run["layers.0:out"][number][: length // 2] for number, length in enumerate(lengths)]
+    tags = [run["token/tag"][number][: length // 2] for number, length in enumerate(lengths)]
+    with RunWriter(run.path.with_name("sampled.zarr"), durability="rename") as writer:
+        writer.describe(name, site={**SITE, "reduce": "sample0.5.seed0"})
+        columns = {name: halves, "token.sample0.5.seed0/tag": tags, "token/tag": run["token/tag"][:]}
+        writer.append(ids=run.ids, columns={**columns, "example/document": run["example/document"].rows()})
+    sampled = open_run(run.path.with_name("sampled.zarr"))
+    with pytest.raises(LabelError, match=r"give labels of 'token.sample0.5.seed0'"):
+        fit_probes(sampled, labels="token/tag")
+    report = fit_probes(sampled, labels="token.sample0.5.seed0/tag")
+    assert report.train_rows + report.test_rows == sum(int((tag != "").sum()) for tag in map(np.asarray, tags))
+    assert report.scores[0].accuracy > 0.9

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tensortape.app import cli
 from tensortape.app.show import printable
-from tensortape.stores import open_run
+from tensortape.stores import RunWriter, open_run
 
 SOURCE = "import os\n\ndef path(name):\n    return os.path.join('a', name)\n"
 
@@ -73,6 +74,27 @@ def test_info_prints_tables_and_json(call: Call, folder: Path) -> None:
     found = json.loads(call("info", folder / "run.zarr", "--json").out)
     assert found["tables"]["token"]["rows"] == len(open_run(folder / "run.zarr")["token/input_ids"])
     assert found["model"]["class"] == "LlamaForCausalLM"
+
+
+def test_info_says_what_compressing_and_quantising_did(call: Call, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float16)
+    with RunWriter(tmp_path / "run.zarr", compress="zstd") as writer:
+        writer.describe("token/coded", quantize="int8")
+        writer.describe("token/plain", compress="none")
+        writer.append(ids=["a"], columns={name: [values] for name in ("token/small", "token/coded", "token/plain")})
+    run = open_run(tmp_path / "run.zarr")
+    lines = {line.split()[0]: line for line in call("info", run.path).out.splitlines()}
+    found = {column["name"]: column for column in json.loads(call("info", run.path, "--json").out)["tables"]["token"]["columns"]}
+    stored = run["token/small"].stored_bytes
+    assert f"zstd: {stored / 1e6:.1f} MB stored" in lines["small"]
+    assert found["small"]["stored_bytes"] == stored
+    cost = run["token/coded"].quantization
+    assert cost is not None
+    assert f"int8: relative RMS error {100 * cost.relative_rms:.2g} %" in lines["coded"]
+    assert found["coded"]["quantization"] == {"relative_rms": cost.relative_rms, "largest_error": cost.largest_error}
+    assert "stored" not in lines["plain"]
+    assert "int8" not in lines["plain"]
+    assert found["plain"]["quantization"] is None
 
 
 def test_head_decodes_tokens_and_shows_norms(call: Call, folder: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, Feature, bits, edit_json, features, lengths, same_bits, seeds, small_chunks, writer_at
 
-from tensortape.stores import Run, open_run
+from tensortape.stores import Run, codecs, open_run
 
 ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
 
@@ -53,10 +53,14 @@ def assert_foreign_readers_agree(run: Run, name: str, sessions: Sequence[np.ndar
         assert_all_read(run.path / path, bits(values) if dtype == "bfloat16" else values)
 
 
-def write_session(path: Path, plan: Any, drawn: list[Feature], rng: np.random.Generator, first: int) -> dict[str, np.ndarray]:
+def write_session(
+    path: Path, plan: Any, drawn: list[Feature], rng: np.random.Generator, first: int, codec: str = "none"
+) -> dict[str, np.ndarray]:
     """One writer's session: an append per entry of `plan`, with a commit where it says so. Returns what each column holds."""
     given: dict[str, list[np.ndarray]] = {feature.name: [] for feature in drawn}
     with small_chunks(), writer_at(path, mode="resume") as writer:
+        for feature in drawn:
+            writer.describe(feature.name, compress=codec)
         for rows, commit in plan:
             columns = {feature.name: feature.values(rng, rows) for feature in drawn}
             writer.append(ids=range(first, first + len(rows)), columns=columns)
@@ -72,12 +76,12 @@ appends = st.lists(st.tuples(lengths, st.booleans()), min_size=1, max_size=4)
 
 
 @settings(deadline=None, max_examples=25)
-@given(features(), st.lists(appends, min_size=1, max_size=2), seeds)
-def test_three_foreign_readers_return_the_bits_that_were_written(tmp_path_factory, drawn, plans, seed):
-    """P9: whatever dtype, feature shape, lengths, commits and sessions: every array of every part holds the given bits."""
+@given(features(), st.lists(appends, min_size=1, max_size=2), seeds, st.sampled_from(codecs.NAMES))
+def test_three_foreign_readers_return_the_bits_that_were_written(tmp_path_factory, drawn, plans, seed, codec):
+    """P9: whatever dtype, feature shape, codec, lengths, commits and sessions: every array of every part holds the given bits."""
     path = tmp_path_factory.mktemp("foreign") / "run.zarr"
     rng = np.random.default_rng(seed)
-    sessions = [write_session(path, plan, drawn, rng, first=1000 * number) for number, plan in enumerate(plans)]
+    sessions = [write_session(path, plan, drawn, rng, 1000 * number, codec) for number, plan in enumerate(plans)]
     run = open_run(path)
     for feature in drawn:
         assert_foreign_readers_agree(run, feature.name, [session[feature.name] for session in sessions], feature.dtype)
@@ -107,6 +111,49 @@ def test_foreign_readers_agree_on_chunks_of_ordinary_size(tmp_path, dtype):
     run = open_run(tmp_path / "run.zarr")
     assert len(run.parts[0].arrays["token/h"].shards) >= 2
     assert_foreign_readers_agree(run, "token/h", [np.concatenate([array for piece in pieces for array in piece])], dtype)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "bool", "float64"])
+def test_foreign_readers_agree_on_compressed_chunks_of_ordinary_size(tmp_path, dtype, codec):
+    """Values that do compress, in several shards of several chunks, the last chunk filled in part."""
+    rng = np.random.default_rng(1)
+    values = (rng.normal(size=(20011, 3)) * [1, 0.01, 0] * 10).round().astype(DTYPES[dtype])
+    with writer_at(tmp_path / "run.zarr", memory_budget=800_000) as writer:
+        writer.describe("token/h", compress=codec)
+        for number, piece in enumerate((values[:9999], values[9999:])):
+            writer.append(ids=[number], columns={"token/h": [piece]})
+            writer.commit()
+    run = open_run(tmp_path / "run.zarr")
+    assert len(run.parts[0].arrays["token/h"].shards) >= 2
+    assert run["token/h"].stored_bytes < run["token/h"].nbytes
+    assert_foreign_readers_agree(run, "token/h", [values], dtype)
+    document = zarr.open_array(run.path / run["token/h"].paths[0], mode="r").metadata.codecs[0].to_dict()
+    inner = [codec["name"] for codec in document["configuration"]["codecs"]]
+    assert inner == ["bytes", {"lz4": "blosc", "zstd": "zstd"}[codec], "crc32c"]
+
+
+@pytest.mark.parametrize("codec", codecs.NAMES)
+def test_a_quantised_column_can_be_put_together_from_what_foreign_readers_see(tmp_path, codec):
+    """Codes times scales, and outliers at the positions that their array's attributes name."""
+    values = np.random.default_rng(3).normal(size=(211, 3, 67)).astype(np.float32)
+    values[:, 1, 5] += 300
+    with small_chunks(rows=32, chunk_bytes=1 << 14, shard_bytes=1 << 16), writer_at(tmp_path / "run.zarr") as writer:
+        writer.describe("token/h", quantize="int8", compress=codec)
+        for number, piece in enumerate(np.array_split(values, 3)):
+            writer.append(ids=[number], columns={"token/h": [piece]})
+    run = open_run(tmp_path / "run.zarr")
+    column = run["token/h"]
+    paths = {role: run.path / path for role, [path] in column.role_paths.items()}
+    for reader in READERS:
+        codes, scale, outliers = (reader(paths[role]) for role in ("codes", "scale", "outliers"))
+        assert (codes.shape, scale.shape, outliers.shape) == ((211, 3, 67), (211,), (211, 1))
+        built = codes * scale[:, None, None]
+        positions = zarr.open_array(paths["outliers"], mode="r").attrs["positions"]
+        assert positions == [67 + 5]
+        built.reshape(211, -1)[:, positions] = outliers
+        assert same_bits(column.rows(), built)
+    assert same_bits(column.rows()[:, 1, 5], values[:, 1, 5])
 
 
 texts = st.lists(st.text(max_size=30), min_size=1, max_size=60)

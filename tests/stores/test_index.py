@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +31,11 @@ def path(tmp_path) -> Path:
     return tmp_path / "run.zarr"
 
 
-def two_sessions(path: Path) -> tuple[RunWriter, RunWriter]:
+def two_sessions(path: Path, **options: Any) -> tuple[RunWriter, RunWriter]:
     """Two writers of one run that do not know of each other's examples."""
     with writer_at(path) as writer:
         append(writer, 0, "token/h", "token/g")
-    return writer_at(path, "resume"), writer_at(path, "resume")
+    return writer_at(path, "resume", **options), writer_at(path, "resume", **options)
 
 
 plans = st.lists(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2)), max_size=6), min_size=1, max_size=4)
@@ -135,8 +136,7 @@ def test_cells_that_only_one_session_has_stay_readable_beside_a_conflict(path):
 
 def test_within_one_session_the_lowest_part_wins(path):
     """A sampler that pads its last batch gives two ranks the same example: equal by construction."""
-    first, second = two_sessions(path)
-    second._part._document = first._part._document  # ranks of one session
+    first, second = two_sessions(path, session="ranks of one job")
     append(first, 7, "token/h")
     append(second, 7, "token/h")
     append(second, 8, "token/h")

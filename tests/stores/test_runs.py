@@ -298,7 +298,12 @@ def test_the_run_document_keeps_what_the_writer_said(path):
     write(path, "a", about=about)
     run = open_run(path)
     assert (run.model, run.provenance) == (about["model"], about["provenance"])
-    assert zarr.open_group(path, mode="r").attrs["tensortape"] == {"version": 1, "uid": run.uid, **about}
+    assert zarr.open_group(path, mode="r").attrs["tensortape"] == {
+        "version": 1,
+        "uid": run.uid,
+        "session": run.parts[0].document.session,
+        **about,
+    }
 
 
 def test_nothing_else_lies_in_the_folder_of_a_run(path):

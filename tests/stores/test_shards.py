@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, bits, random_values, same_bits, seeds, writer_at
+from strategies import bits, drawn_shards, random_values, same_bits, writer_at
 
 from tensortape.stores import layout, open_run
 from tensortape.stores.layout import Grid, plan
@@ -85,36 +85,6 @@ def shard_of(rows: np.ndarray, geometry: Geometry, fill: object = 0) -> tuple[Sh
     encoded = encode(rows, geometry, fill)
     data = b"".join(bytes(buffer) for buffer in encoded.buffers)
     return Shard(data, geometry, len(rows), encoded.crcs), data
-
-
-def stored_values(dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Random bits of the dtype that a shard holds: bfloat16 as uint16."""
-    values = random_values(np.random.default_rng(seed), dtype, shape)
-    return bits(values) if dtype == "bfloat16" else values
-
-
-@st.composite
-def whole_rows(draw):
-    """Rows of a shard whose chunks hold whole rows: geometry and at least one row."""
-    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=2)))
-    chunk, chunks = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4]))
-    count = draw(st.integers(1, chunk * chunks))
-    rows = stored_values(draw(st.sampled_from(sorted(DTYPES))), (count, *shape), draw(seeds))
-    return Geometry(Grid((chunk, *shape), (chunk * chunks, *shape)), shape, rows.dtype), rows
-
-
-@st.composite
-def cut_rows(draw):
-    """Rows that are cut along their first feature axis: one row per chunk row, the last piece padded."""
-    shape = (draw(st.integers(2, 9)), *draw(st.lists(st.integers(1, 3), max_size=1)))
-    width, shard_rows = draw(st.integers(1, shape[0] - 1)), draw(st.sampled_from([1, 2, 4]))
-    count = draw(st.integers(1, shard_rows))
-    rows = stored_values(draw(st.sampled_from(sorted(DTYPES))), (count, *shape), draw(seeds))
-    whole = -(-shape[0] // width) * width
-    return Geometry(Grid((1, width, *shape[1:]), (shard_rows, whole, *shape[1:])), shape, rows.dtype), rows
-
-
-drawn_shards = st.one_of(whole_rows(), cut_rows())
 
 
 @settings(deadline=None, max_examples=80)

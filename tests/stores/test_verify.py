@@ -197,7 +197,8 @@ def test_the_report_names_the_examples_of_the_damaged_chunk(path, array):
         with restored(file):
             flip(file, chunk * stride)
             [damage] = verify_run(path).damaged
-        assert (damage.first, damage.last) == owners(first, min(first + chunk_rows, total))
+        after = 1 if array.endswith("/end") else 0  # a text begins where the one before it ends
+        assert (damage.first, damage.last) == owners(first, min(first + chunk_rows + after, total))
         assert damage.path == str(file.relative_to(path))
         assert damage.reason == f"chunk {chunk} does not hold the bytes that were committed"
         assert str(damage) == f"{damage.path}: {damage.reason} (examples {damage.first!r} to {damage.last!r})"
@@ -470,7 +471,7 @@ def test_an_open_run_with_tails_is_sound(tmp_path):
     with small_chunks():
         writer.append(ids=["more"], columns={name: [values[11]] for name, values in VALUES.items()})
     assert verify_run(path).ok
-    writer._part._write_tails()  # a commit that was interrupted before its record
+    next(iter(writer._parts._parts.values()))._write_tails("p000000")  # a commit that was interrupted before its record
     assert verify_run(path).ok
     assert open_run(path).ids == IDS
     assert assert_never_returned(path, "token/h") == 0

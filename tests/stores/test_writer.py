@@ -418,7 +418,7 @@ def test_an_asset_with_a_long_name_is_listed_by_a_name_that_finds_it(path):
 
 
 def records(path: Path) -> list[Path]:
-    return sorted(path.glob("parts/*/commits/*"))
+    return sorted(path.glob("parts/*/commits/*.json"))
 
 
 def test_nothing_is_written_before_the_first_append(path):
@@ -530,7 +530,7 @@ def test_a_writer_whose_part_somebody_else_continued_fails_and_changes_nothing_o
     """Its next record is there already, with content that is not its own."""
     theirs = commits.path_of("p000000", 2)
     (writer.path / theirs).write_bytes(b"theirs")
-    with pytest.raises(LostPartError, match="continued or sealed by somebody else"):
+    with pytest.raises(LostPartError, match="sealed or continued by somebody else"):
         writer.commit()
     assert (writer.path / theirs).read_bytes() == b"theirs"
     with pytest.raises(BrokenWriterError, match=r"failed before.*mode='resume'"):

@@ -1,0 +1,81 @@
+"""Rehearsals: what a recording would store, found without weights.
+
+A model on torch's meta device computes shapes and dtypes and no values, so that one of any size runs anywhere. Everything that
+records is in place as in a real recording, and is shown zeros in place of what the model computes: sites, layouts, reductions and
+columns are decided by the very code that decides them later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .anatomy import stacks
+from .batch import Batch, Given
+from .capture import Pins
+from .errors import InstrumentError, UnsupportedModelError
+from .rows import Rows
+from .sites import Selection, Tap, aliases_by_site, resolve
+from .taps import TapSet
+from .targets import Target
+
+
+def rehearse(
+    model: nn.Module, sites: Selection, inputs: Mapping[str, torch.Tensor], *, ids: Any, labels: Mapping[str, Any]
+) -> Rows:
+    """One batch as `Recorder` would hand it to the writer, all values zero.
+
+    Args:
+        model: a model whose parameters are on the meta device.
+        sites: as for `Recorder`; gradients are those of a target `loss`.
+        inputs: arguments of the model's forward, on the meta device; examples along the first axis.
+        ids, labels: as for `Recorder.batch`.
+
+    Raises:
+        SiteNotFoundError, LayoutError. UnsupportedModelError: the forward needs values, not only shapes.
+    """
+    taps = resolve(model, sites)
+    batch = Batch(Given(ids, labels), model, Pins(aliases_by_site(model), stacks(model)))
+    shown = _Zeros(model, taps)
+    with shown, shown.sending_to(batch):
+        with torch.no_grad():
+            _call(model, inputs)
+        if any(tap.site.is_gradient for tap in taps) and batch.error is None:
+            batch.target = Target(reduction="sum")
+            torch.autograd.backward([leaf.sum() for leaf in shown.leaves])
+    found = batch.whole()
+    batch.check(found, taps, None)
+    return batch.rows(found, {})
+
+
+class _Zeros(TapSet):
+    """Hooks that see zeros of the same shape and dtype instead of tensors without values: leaves, to be differentiated later."""
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap]) -> None:
+        self.leaves: list[torch.Tensor] = []
+        super().__init__(model, taps)
+
+    def _guard(self, hook: Callable[..., None]) -> Callable[..., None]:
+        return super()._guard(lambda *given: hook(*pytree.tree_map_only(torch.Tensor, self._zeros, given)))
+
+    def _zeros(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if self._has_gradients and found.is_floating_point():
+            self.leaves.append(found.requires_grad_())
+        return found
+
+
+def _call(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    try:
+        model(**inputs)
+    except InstrumentError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"the forward of {type(model).__name__} cannot be rehearsed without weights, because it needs values and not only "
+            f"shapes ({error}); record a small sample instead, and multiply"
+        ) from error

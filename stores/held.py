@@ -1,0 +1,88 @@
+"""What a run holds already, for a writer that resumes it: keys, and in which columns each has values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import keys, names
+from .dtypes import Array
+from .index import Index
+from .keys import KeySet
+from .part_reader import PartReader
+from .part_state import read_parts
+from .places import Place
+from .schema import ColumnSchema
+from .shard_cache import ShardCache
+
+
+class Held:
+    """Keys by the columns they were written with. `x in held` takes an id or a whole (id, phase, step)."""
+
+    def __init__(self) -> None:
+        self._groups: dict[frozenset[str], KeySet] = {}
+
+    def add(self, columns: Iterable[str], digests: Iterable[bytes]) -> None:
+        """Add keys that have these columns, bookkeeping apart."""
+        own = frozenset(name for name in columns if not names.is_bookkeeping(name))
+        self._groups.setdefault(own, KeySet()).add(digests)
+
+    def columns(self, digest: bytes) -> frozenset[str]:
+        """The columns a key has values in; none for a key that is not held."""
+        return frozenset[str]().union(*(columns for columns, held in self._groups.items() if held.has(digest)))
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a key is held, in whatever columns."""
+        return any(held.has(digest) for held in self._groups.values())
+
+    def __contains__(self, key: str | int | tuple[str | int, str, int]) -> bool:
+        return any(key in held for held in self._groups.values())
+
+    def __len__(self) -> int:
+        if len(self._groups) == 1:
+            return len(next(iter(self._groups.values())))
+        found = [held.digests() for held in self._groups.values()]
+        return len(np.unique(np.concatenate(found), axis=0)) if found else 0
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a run held when it was opened for writing: keys, the kind of its ids, the schemas of its columns."""
+
+    held: Held
+    id_kind: str | None
+    columns: dict[str, ColumnSchema]
+
+
+def holdings(place: Place, run: str) -> Holdings:
+    """Everything committed so far, by all parts."""
+    held, columns = Held(), dict[str, ColumnSchema]()
+    cache = ShardCache(place, run, verify=True)
+    for part in read_parts(place, run):
+        columns.update(part.columns)
+        held.add(part.columns, map(keys.digest, *PartReader(part, cache).keys()))
+    return Holdings(held, columns["example/id"].dtype if columns else None, columns)
+
+
+class Lengths:
+    """How many rows the examples of a run have in its ragged tables."""
+
+    def __init__(self, place: Place, run: str) -> None:
+        cache = ShardCache(place, run, verify=True)
+        self._index = Index([PartReader(part, cache) for part in read_parts(place, run)])
+        every = zip(*(column.tolist() for column in self._index.keys), strict=True)
+        self._numbers = {keys.digest(*key): number for number, key in enumerate(every)}
+        self._lengths: dict[str, Array] = {}
+
+    def knows(self, digests: Iterable[bytes]) -> bool:
+        """Whether all of these keys were in the run when it was read."""
+        return all(digest in self._numbers for digest in digests)
+
+    def of(self, table: str, digests: Iterable[bytes]) -> Array:
+        """Rows of each of these examples; -1 where the run has none recorded."""
+        if table not in self._lengths:
+            self._lengths[table] = self._index.lengths(table)
+        found: Array = self._lengths[table][[self._numbers[digest] for digest in digests]]
+        return found

@@ -1,0 +1,56 @@
+"""Removing what killed writers left behind: unfinished files, and rows that no commit record names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import runs
+from .part_reader import PartReader
+from .part_state import PartState, claimed_parts, read_part
+from .places import LocalPlace, Place
+from .shard_cache import ShardCache
+
+
+def remove_leftovers(path: Path) -> list[str]:
+    """Remove what no record names from parts that are closed or sealed, and unfinished files; the paths removed.
+
+    A part that is open may have a writer, so nothing in it is touched, nor are unfinished files above the parts while any part is
+    open: resume the run, or `repair` it, first. Files that are not ours stay.
+    """
+    place = LocalPlace(path)
+    uid = runs.read_document(place, path).uid
+    parts = [read_part(place, uid, name) for name in claimed_parts(place)]
+    found = [leftover for part in parts if part.ended for leftover in _of_part(place, part)]
+    if all(part.ended for part in parts):
+        found += [f"{folder}{name}" for folder in ("", "parts/", "assets/") for name in place.unfinished(folder)]
+    for leftover in found:
+        place.remove(leftover)
+    place.settle()
+    return found
+
+
+def _of_part(place: Place, part: PartState) -> list[str]:
+    folder = f"parts/{part.name}"
+    inside = [f"{folder}/{name}/" for name in _folders(place, folder)]
+    unfinished = [f"{where}{name}" for where in (f"{folder}/", *inside) for name in place.unfinished(where)]
+    return unfinished + _uncommitted(place, part)
+
+
+def _folders(place: Place, folder: str) -> list[str]:
+    """Tables, columns and roles below a part, and its commits."""
+    tables = place.names(folder)
+    columns = [f"{table}/{column}" for table in tables for column in place.names(f"{folder}/{table}")]
+    roles = [f"{column}/{role}" for column in columns for role in place.names(f"{folder}/{column}")]
+    return [*tables, *columns, *roles]
+
+
+def _uncommitted(place: Place, part: PartState) -> list[str]:
+    """Shards that no record of a closed part names."""
+    reader = PartReader(part, ShardCache(place, part.document.run, verify=False))
+    found: list[str] = []
+    for column in part.columns.values():
+        for role in column.arrays.values():
+            folder = f"parts/{part.name}/{role.path}"
+            named = {path for _, path, _ in reader.array(role).shards()}
+            found += [path for name in place.names(folder) if (path := f"{folder}/{name}") not in named and name.startswith("c.")]
+    return found

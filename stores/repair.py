@@ -1,0 +1,164 @@
+"""Repairing a damaged run: what is whole stays readable, what is not is given up by name.
+
+Nothing is changed in place. Whatever is replaced is first copied to `quarantine/`; documents come back from the copies that commit
+records hold; damaged rows become fill values, and the examples they belong to are withdrawn by one more commit record, so that a
+resumed recording records them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import chain, runs, zarr_documents
+from .errors import StoreError
+from .mending import Mending, wounds
+from .part_reader import PartReader
+from .part_state import ArrayState, PartState, claimed_parts, list_path, read_list, read_part
+from .parts import group_folders
+from .places import LocalPlace, Place
+from .salvage import record_numbers, salvaged
+from .shard_cache import ShardCache
+
+
+@dataclass
+class Repair:
+    """What a repair has done.
+
+    `replaced` are paths of objects that were written anew (what was there lies below `quarantine`), `withdrawn` the ids of examples
+    that were given up (their numbers in the part, as text, where the ids are damaged too), and `lost` paths of files beside the
+    tables that cannot be had back.
+    """
+
+    path: str
+    quarantine: str
+    replaced: list[str] = field(default_factory=list)
+    withdrawn: list[str | int] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        """Whether there was anything to do."""
+        return bool(self.replaced or self.withdrawn)
+
+    def __repr__(self) -> str:
+        done = f"{len(self.replaced)} objects replaced, {len(self.withdrawn)} examples withdrawn"
+        lost = f", {len(self.lost)} files lost" if self.lost else ""
+        return f"<Repair {self.path}: {done if self.changed else 'nothing to repair'}{lost}>"
+
+
+def repair_run(path: Path) -> Repair:
+    """Repair a run, part by part; a part that needs it is sealed, so that its writer, should it live, fails at its next commit.
+
+    >>> from tensortape.stores import RunWriter, open_run
+    >>> with RunWriter("mended.zarr") as writer:
+    ...     writer.append(ids=[7, 8], columns={"example/y": [1.5, 2.5]})
+    >>> shard = Path("mended.zarr/parts/p000000/example/y/c.0")
+    >>> _ = shard.write_bytes(b"nonsense")
+    >>> repair_run(Path("mended.zarr")).withdrawn
+    [7, 8]
+    >>> open_run("mended.zarr").ids, open_run("mended.zarr").verify().ok
+    ([], True)
+    """
+    place = LocalPlace(path)
+    repairs = _Repairs(place, Repair(str(path), f"quarantine/{uuid.uuid4().hex[:8]}"))
+    uid = repairs.root(path)
+    for name in claimed_parts(place):
+        repairs.part(uid, name)
+    place.settle()
+    return repairs.done
+
+
+class _Repairs:
+    def __init__(self, place: Place, done: Repair) -> None:
+        self._place = place
+        self._copies = {path: text for said in runs.statements(place) for path, text in said.copies.items()}
+        self.done = done
+
+    def root(self, path: Path) -> str:
+        """The run document, out of any part's copy, and the group above the parts; the run's uid."""
+        if runs.ROOT in self._copies:
+            self._mend(runs.ROOT, self._copies[runs.ROOT].encode())
+        self._mend("parts/zarr.json", zarr_documents.group())
+        return runs.read_document(self._place, path).uid
+
+    def part(self, run: str, name: str) -> None:
+        """One part: its document, its records, its shards, and what readers of plain Zarr need."""
+        where = f"parts/{name}/zarr.json"
+        if where in self._copies:
+            self._mend(where, self._copies[where].encode())
+        part, is_whole = self._state(run, name)
+        if wounds(self._place, part) and is_whole and not part.closed:
+            chain.seal(self._place, run, name)  # its writer must not go on while shards are replaced
+            part, is_whole = self._state(run, name)
+        mending = Mending(self._place, part, self._keep)
+        for wound in wounds(self._place, part):
+            mending.mend(wound)
+            self.done.replaced.append(wound.path)
+        if mending.shards or not is_whole:
+            self._record(part, mending, from_here=not is_whole)
+        self._documents(part)
+        self._assets(part)
+
+    def _record(self, part: PartState, mending: Mending, *, from_here: bool) -> None:
+        self.done.withdrawn += _names_of(self._place, part, mending)
+        chain.add_repair(self._place, part, mending.shards, from_here=from_here)
+
+    def _state(self, run: str, name: str) -> tuple[PartState, bool]:
+        """The part as of its last good record, and whether its records and lists are whole."""
+        try:
+            part = read_part(self._place, run, name, whole=True)
+            for file, arrays in part.lists.items():
+                for listed in arrays.values():
+                    read_list(self._place, list_path(name, file), listed)
+        except (StoreError, OSError):
+            part = salvaged(self._place, run, name)
+            part.commits = max([part.commits, *record_numbers(self._place, name)])
+            return part, False
+        return part, True
+
+    def _documents(self, part: PartState) -> None:
+        """Documents that only readers of plain Zarr need: they follow from the schema."""
+        for folder in group_folders(part.columns.values()):
+            self._mend(f"parts/{part.name}/{folder}/zarr.json", zarr_documents.group())
+        for column in part.columns.values():
+            for role in column.arrays.values():
+                path = f"parts/{part.name}/{role.path}/zarr.json"
+                document, rows = zarr_documents.array(column, role), part.arrays.get(role.path, ArrayState()).rows
+                stated = zarr_documents.rows_of(self._content(path), document)
+                if stated is None or stated < rows:
+                    self._mend(path, zarr_documents.with_rows(document, rows))
+
+    def _assets(self, part: PartState) -> None:
+        for name, digest in part.assets.items():
+            path = f"assets/{name}"
+            if path not in self.done.lost and hashlib.sha256(self._content(path)).hexdigest() != digest:
+                self.done.lost.append(path)
+
+    def _mend(self, path: str, content: bytes) -> None:
+        """Write a document anew where it is not what it should be."""
+        if self._content(path) != content:
+            self._keep(path)
+            self._place.replace(path, [content])
+            self.done.replaced.append(path)
+
+    def _keep(self, path: str) -> None:
+        """Copy an object aside, if there is one."""
+        if self._place.exists(path):
+            self._place.create(f"{self.done.quarantine}/{path}", [self._place.read(path)])
+
+    def _content(self, path: str) -> bytes:
+        return self._place.read(path) if self._place.exists(path) else b""
+
+
+def _names_of(place: Place, part: PartState, mending: Mending) -> list[str | int]:
+    """Ids of the examples given up; where an id itself was damaged, what number of the part it is."""
+    reader = PartReader(replace(part, withdrawn=()), ShardCache(place, part.document.run, verify=True))
+    named = sorted(mending.withdrawn - mending.nameless)
+    ids = [reader.ids_of(np.array([number])) for number in named]
+    nameless = [f"number {number} of {part.name}" for number in sorted(mending.nameless)]
+    return [found[0] for found in ids if found] + nameless

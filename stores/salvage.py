@@ -1,0 +1,64 @@
+"""The state of a part whose commit records do not add up any more."""
+
+from __future__ import annotations
+
+from . import commits
+from .commits import Record
+from .errors import StoreError
+from .part_state import PartState, begun, list_path, read_list
+from .places import Place
+
+Whole = dict[int, tuple[Record, str]]
+
+
+def record_numbers(place: Place, part: str) -> list[int]:
+    """Numbers of the commit records that are there, damaged or not."""
+    return [int(name[:-5]) for name in place.names(f"parts/{part}/commits") if name.endswith(".json")]
+
+
+def whole_records(place: Place, run: str, part: str) -> Whole:
+    """The records that are what was written, with their digests, by number."""
+    found: Whole = {}
+    for number in record_numbers(place, part):
+        path = commits.path_of(part, number)
+        data = place.read(path)
+        try:
+            record = Record.decode(data, path)
+        except StoreError:
+            continue
+        if (record.run, record.part, record.number) == (run, part, number):
+            found[number] = record, commits.digest(data)
+    return found
+
+
+def salvaged(place: Place, run: str, name: str) -> PartState:
+    """The latest state that whole records lead to: from the first one on, or from any checkpoint."""
+    records = whole_records(place, run, name)
+    starts = [number for number, (record, _) in records.items() if number == 1 or _is_usable(place, record)]
+    states = [_followed(place, name, records, start) for start in starts]
+    return max(states, key=lambda state: state.commits, default=begun(place, name))
+
+
+def _is_usable(place: Place, record: Record) -> bool:
+    """Whether a record is a checkpoint whose list is whole."""
+    try:
+        for listed in record.listed.values():
+            read_list(place, list_path(record.part, record.list_file), listed)
+    except StoreError:
+        return False
+    return bool(record.listed)
+
+
+def _followed(place: Place, name: str, records: Whole, start: int) -> PartState:
+    """The part as of the last record that follows `start` without a gap."""
+    part = begun(place, name)
+    for number in range(start, max(records) + 1):
+        record, digest = records.get(number, (None, ""))
+        if record is None or (part.commits and record.previous != part.last):
+            break
+        if part.commits or number == 1:
+            part.apply(record)
+        else:
+            part.start_from(record, place)
+        part.last = digest
+    return part
