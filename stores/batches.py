@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .batches_torch import BatchLoader
 
 Batch = Any  # an array [n, *feature], or a dict of them by column name
-MIXED = 16  # batches
+MIXED_BATCHES, MIXED_BYTES = 16, 1 << 30
 
 
 class Batches:
@@ -47,8 +48,9 @@ class Batches:
         widest = max(sources, key=lambda source: source.column.nbytes / len(source.column))
         self.epoch, self.position = 0, 0
         self.columns = [column.name for column in columns]
-        self._order = RowOrder(widest.edges(), batch_rows, buffer_rows or MIXED * batch_rows, seed)
+        self._order = RowOrder(widest.edges(), batch_rows, buffer_rows or _enough(batch_rows, columns), seed)
         self._reader = Mixed(sources, self._order) if shuffle else InOrder(sources, self._order)
+        self._places = hashlib.sha256(self._order.edges.tobytes() + b"".join(source.places for source in sources)).hexdigest()[:16]
         self._run, self._single, self._shuffle, self._drop_last = run, single, shuffle, drop_last
         if not len(self):
             raise SchemaError(f"{self.rows} rows make no whole batch of {batch_rows}; ask for smaller ones, or keep the last")
@@ -104,12 +106,12 @@ class Batches:
         return f"<Batches of {', '.join(self.columns)}: {shape}; epoch {self.epoch}, {self.position} done>"
 
     def _identity(self) -> Json:
-        """All that decides which rows come when. `blocks` stands for the examples chosen and where their rows lie."""
+        """All that decides which rows come when. `places` stands for the examples chosen and where their rows lie."""
         return {
             "run": self._run,
             "columns": self.columns,
             "rows": self.rows,
-            "blocks": hashlib.sha256(self._order.edges.astype("<i8").tobytes()).hexdigest()[:16],
+            "places": self._places,
             "batch_rows": self._order.batch_rows,
             "shuffle": self._shuffle,
             "seed": self._order.seed,
@@ -135,6 +137,12 @@ def _sources(columns: Sequence[Column], examples: Any) -> list[ChosenRows]:
     if not sources[0].count:
         raise MissingExampleError(f"no example, of those asked for, has rows in all of {named}")
     return sources
+
+
+def _enough(batch_rows: int, columns: Sequence[Column]) -> int:
+    """Rows to mix at a time where nobody said how many: several batches, unless they take a lot of memory."""
+    row_bytes = sum(math.prod(column.shape[1:]) * column.dtype.itemsize for column in columns)
+    return max(batch_rows, min(MIXED_BATCHES * batch_rows, MIXED_BYTES // row_bytes))
 
 
 def _check(batch_rows: int, buffer_rows: int | None, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,11 @@ class BatchSet(IterableDataset[Any]):
             yield _tensors(batches[number])
 
     def _in_worker(self) -> Batches:
-        """Through a pickle, as where workers are spawned: a forked one shares locks and connections with its parent."""
+        """A copy that opens the run anew, as in spawned workers: a forked one shares locks and connections with its parent."""
         if self._begun:
             raise ValueError("persistent_workers=True would repeat the epoch; let workers be started anew for each one")
         self._begun = True
-        batches: Batches = pickle.loads(pickle.dumps(self.batches))
-        return batches
+        return copy.deepcopy(self.batches)
 
 
 class BatchLoader(DataLoader[Any]):

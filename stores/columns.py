@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -226,7 +227,7 @@ class Column:
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         first, part, begin = self._segments
-        for at in range(int(np.searchsorted(first, start, "right")) - 1, len(first)) if stop > start else ():
+        for at in range(bisect_right(first, start) - 1, len(first)) if stop > start else ():
             end = first.item(at + 1) if at + 1 < len(first) else len(self)
             if first.item(at) >= stop:
                 return

@@ -24,7 +24,7 @@ class InOrder:
         first, last = self._order.places(number)
         found = [_room(source, last - first) for source in self._sources]
         for source, out in zip(self._sources, found, strict=True):
-            source.read(first, last, out)
+            source.read([(first, last)], out)
         return found
 
 
@@ -34,7 +34,9 @@ class Mixed:
     def __init__(self, sources: Sequence[ChosenRows], order: RowOrder) -> None:
         self._sources = sources
         self._order = order
-        self._forget()
+        self._held: tuple[int, int] | None = None
+        self._rows: list[Array] = []
+        self._mixing = np.empty(0, np.int64)
 
     def batch(self, epoch: int, number: int) -> list[Array]:
         """One array per source; new ones."""
@@ -43,7 +45,7 @@ class Mixed:
             self._fill(epoch, group)
         begin = self._order.bounds(group)[0]
         first, last = self._order.places(number)
-        return [rows[self._mixing[first - begin : last - begin]] for rows in self._rows]
+        return [rows.take(self._mixing[first - begin : last - begin], axis=0) for rows in self._rows]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"sources": self._sources, "order": self._order}
@@ -51,19 +53,12 @@ class Mixed:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Mixed.__init__(self, **state)
 
-    def _forget(self) -> None:
-        self._held: tuple[int, int] | None = None
-        self._rows: list[Array] = []
-        self._mixing = np.empty(0, np.int64)
-
     def _fill(self, epoch: int, group: int) -> None:
         self._held = None  # until it is whole
         self._rows = self._rows or [_room(source, self._order.most) for source in self._sources]
-        at = 0
-        for first, last in self._order.blocks(epoch, group):
-            for source, rows in zip(self._sources, self._rows, strict=True):
-                source.read(first, last, rows[at : at + last - first])
-            at += last - first
+        blocks = self._order.blocks(epoch, group)
+        for source, rows in zip(self._sources, self._rows, strict=True):
+            source.read(blocks, rows)
         self._mixing = self._order.mixing(epoch, group)
         self._held = (epoch, group)
 

@@ -194,7 +194,7 @@ class Run:
             batch_rows: rows per batch; the last one of an epoch has what is left.
             shuffle: blocks of rows, a chunk each, come in random order into a buffer and are mixed there; else rows come in order.
             seed: the order depends on it, the epoch and what is asked of the run; not on who reads, or with how many workers.
-            buffer_rows: about how many rows are mixed at a time, and held in memory; 16 batches if not given.
+            buffer_rows: about how many rows are mixed at a time, and held in memory; 16 batches, or 1 GiB, if not given.
             drop_last: leave out a last batch that is short.
             examples: numbers of examples (as of `where`), or a mask over them; all if not given.
 

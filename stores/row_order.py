@@ -9,7 +9,7 @@ import numpy as np
 from .dtypes import Array
 
 
-@dataclass
+@dataclass(eq=False)
 class RowOrder:
     """A pure function of blocks, seed and epoch: whoever asks, in whichever order, gets the same rows.
 

@@ -24,8 +24,8 @@ FETCHED_BYTES = 256 << 20
 class ShardCache:
     """Opens shards of one run once. Keeps at most a quarter of the open-file limit, and of fetched bytes at most `most_bytes`.
 
-    It may be pickled: what is open stays behind, and the run is looked for again where it was. So may everything that reads
-    through it, and shows the same snapshot elsewhere.
+    It may be copied or pickled, and so may everything that reads through it: what is open stays behind, the run is looked for
+    again where it was, and the copy shows the same snapshot.
     """
 
     def __init__(self, place: Place, run: str, *, verify: bool, most_bytes: int = FETCHED_BYTES) -> None:

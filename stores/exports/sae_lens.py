@@ -104,7 +104,7 @@ def _sequences(sources: dict[str, ChosenRows], context: int, count: int) -> Iter
 
 def _sequence(name: str, source: ChosenRows, start: int, context: int) -> Array:
     out = np.empty((context, *source.column.shape[1:]), source.column.dtype)
-    source.read(start, start + context, out)
+    source.read([(start, start + context)], out)
     return out.astype(np.int32) if name == "token_ids" else out.reshape(context, -1).astype(_dtype(source.column))
 
 

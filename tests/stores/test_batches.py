@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from strategies import random_values, same_bits, seeds, small_chunks, writer_at
 
 from tensortape.stores import Run, open_run
+from tensortape.stores import batches as batching
 from tensortape.stores.batches import Batches
 from tensortape.stores.errors import MissingExampleError, NotARunError, SchemaError, UnknownColumnError
 from tensortape.stores.row_order import RowOrder
@@ -188,6 +189,13 @@ def test_batches_are_never_overwritten(run):
         assert -1 not in flat(batches)
 
 
+def test_a_buffer_that_nobody_asked_for_stays_small(run, monkeypatch):
+    assert run.batches("token/wide", 5).state_dict()["buffer_rows"] == 80
+    monkeypatch.setattr(batching, "MIXED_BYTES", 1000)  # rows have 44 bytes
+    assert run.batches("token/wide", 5).state_dict()["buffer_rows"] == 22
+    assert run.batches(["token/wide", "token/h"], 50).state_dict()["buffer_rows"] == 50
+
+
 # Going on.
 
 
@@ -231,6 +239,7 @@ def test_a_loop_may_be_left_and_entered_again(run):
         ({"examples": [0, 2]}, "rows was 103 and is 42"),
         ({"examples": [0, 1, 2, 3, 4, 5]}, None),
         ({"sites": "token/wide"}, "columns was"),
+        ({"sites": ["token/h", "token/wide"]}, "columns was"),
     ],
 )
 def test_a_state_of_other_batches_is_refused_with_what_differs(run, changed, said):
@@ -241,6 +250,13 @@ def test_a_state_of_other_batches_is_refused_with_what_differs(run, changed, sai
         return
     with pytest.raises(SchemaError, match=said):
         other.load_state_dict(state)
+
+
+def test_a_state_of_other_examples_of_the_same_lengths_is_refused(tmp_path):
+    run = written(tmp_path / "run.zarr", [[3, 3, 3]])
+    state = run.batches("token/h", 2, examples=[0, 1]).state_dict()
+    with pytest.raises(SchemaError, match="of other batches than these: places was"):
+        run.batches("token/h", 2, examples=[0, 2]).load_state_dict(state)
 
 
 def test_a_state_of_another_run_or_of_one_that_grew_is_refused(tmp_path):

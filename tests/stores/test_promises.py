@@ -82,6 +82,7 @@ def test_every_error_is_a_store_error_and_one_of_pythons_own():
     """Whoever catches FileExistsError, KeyError, ValueError, ... catches ours too."""
     builtin = {
         "RunExistsError": FileExistsError,
+        "OutputExistsError": FileExistsError,
         "NotARunError": FileNotFoundError,
         "FormatVersionError": ValueError,
         "DamagedError": OSError,

@@ -23,6 +23,16 @@ def record_a_loader(model: nn.Module, batches: list[dict[str, torch.Tensor]]) ->
     return record(model, batches, to="run.zarr", sites=lambda name, module: "in" if name.endswith("mlp") else None, ids="id")
 
 
+def train(run: Run) -> None:
+    batches = run.batches("resid_post[3]", 4096, seed=1)
+    batches.load_state_dict(batches.state_dict())
+    for tensor in batches.to_torch(num_workers=2, multiprocessing_context="spawn"):
+        assert tensor.ndim == 2
+    run.export("files", "sae-lens", sites=["resid_post[3]"], context_size=128)
+    run["token/h"].to_xarray().mean("token").compute()
+    run["token/h"].to_dask().mean(0).compute()
+
+
 def write_and_read() -> tuple[Column, ProbeReport]:
     with RunWriter("run.zarr", durability="rename") as writer:
         writer.append(ids=["a"], columns={"token/h": [np.zeros((3, 4), np.float32)]})
