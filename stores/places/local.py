@@ -33,11 +33,16 @@ class LocalPlace:
         self._unsettled: set[Path] = set()
 
     def create(self, path: str, buffers: Buffers) -> None:
-        """Write a new object; FileExistsError if there is one already."""
+        """Write a new object; FileExistsError if there is one already.
+
+        Others go by what is created (a run, a claim, a record): what was written before it is settled first, and it is at once.
+        """
         final = self.root / path
+        self.settle()
         with self._partial(final, buffers) as partial:
             os.link(partial, final)
             partial.unlink()
+        self.settle()
 
     def replace(self, path: str, buffers: Buffers) -> None:
         """Write an object in one atomic step."""
