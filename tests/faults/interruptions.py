@@ -1,11 +1,11 @@
-"""An exception in the model, in a user's hook, in a backward, in a target or in the loader: no hook, thread or half batch is left."""
+"""An exception in the model, a user's hook, a backward, a target or the loader: no hook, thread or half batch is left behind."""
 
 from __future__ import annotations
 
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -104,29 +104,22 @@ PLACES: dict[str, Callable[[nn.Module, Trap], AbstractContextManager[None]]] = {
 
 
 def interrupted(folder: Path, name: str, every: int = 1) -> Iterator[list[str]]:
-    """The second batch fails in a module and place (each of so many; of up to 3 none of the modules is left out), a new session
-    completes the run. Then the same in target and loader.
-    """
+    """The second batch fails in one of the places (of every so many; with up to 3 in every module), a new session goes on."""
     model, inputs = MODELS[name][0](), MODELS[name][1]()
     reference = _recorded(model, _loader(inputs), folder / "reference.zarr")
-    called = observed(model, inputs, {path for path, _ in model.named_modules()})
-    places = [(path, place) for path, place in product(sorted(called), PLACES)]
+    called = sorted(observed(model, inputs, {path for path, _ in model.named_modules()}))
+    places = [*product(called, PLACES), *product(("target", "loader"), ERRORS)]
     for (path, place), error in zip(islice(places, 0, None, every), cycle(ERRORS), strict=False):
         trap = Trap(error)
-        with PLACES[place](model.get_submodule(path), trap):
-            wrong = _trial(folder / "run.zarr", model, inputs, trap, reference)
+        with PLACES[place](model.get_submodule(path), trap) if place in PLACES else nullcontext():
+            wrong = _trial(folder / "run.zarr", model, inputs, trap, reference, path)
         yield [f"{error.__name__} in {place} of {path!r}: {one}" for one in wrong]
-    for error, place in product(ERRORS, ("target", "loader")):
-        wrong = _trial(folder / "run.zarr", model, inputs, Trap(error), reference, **{place: True})
-        yield [f"{error.__name__} in the {place}: {one}" for one in wrong]
 
 
-def _trial(
-    path: Path, model: nn.Module, inputs: Inputs, trap: Trap, reference: Run, *, target: bool = False, loader: bool = False
-) -> list[str]:
+def _trial(path: Path, model: nn.Module, inputs: Inputs, trap: Trap, reference: Run, where: str) -> list[str]:
     before, threads = _standing(model), set(threading.enumerate())
     try:
-        _recorded(model, _loader(inputs, trap, springs=loader), path, trap if target else None)
+        _recorded(model, _loader(inputs, trap, springs=where == "loader"), path, trap if where == "target" else None)
     except trap.error:
         wrong = [] if open_run(path).ids == reference.ids[:ROWS] else [f"the run holds {open_run(path).ids}"]
     else:

@@ -53,10 +53,11 @@ def _killed(path: Path, recipe: Recipe, every: int, durability: str, seconds: fl
 
 
 def _lifetime(path: Path, recipe: Recipe) -> float:
-    """Seconds that a child takes which nobody kills."""
-    began = time.monotonic()
-    assert ADDED in _killed(path, recipe, 2, "fsync", 60)
-    shutil.rmtree(path)
+    """Seconds that a child takes which nobody kills; the very first one waits for the process that it is forked from."""
+    for _ in range(2):
+        began = time.monotonic()
+        assert ADDED in _killed(path, recipe, 2, "fsync", 60)
+        shutil.rmtree(path)
     return time.monotonic() - began
 
 

@@ -18,7 +18,7 @@ OF_HANDLES = ("writev", "fsync", "close")
 
 @dataclass(frozen=True)
 class Operation:
-    """A call that is about to be made: its name, its arguments, and the paths they name (of a handle, the path it was opened at)."""
+    """A call that is about to be made, and the paths it is about: those it names, or the one that its handle was opened at."""
 
     name: str
     call: Callable[..., Any]

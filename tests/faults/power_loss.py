@@ -1,7 +1,7 @@
-"""A power loss after every operation of a recording: what was not synced is kept, cut or gone, and what the disk then holds is checked.
+"""A power loss after every operation of a recording: what was not synced is kept, cut or gone, and the rest is checked.
 
-The disk that is modelled promises only what POSIX does: bytes of a file are there once the file was synced, a name in a folder once the
-folder was. Whatever was not synced is there or not, each change by itself.
+The disk that is modelled promises only what POSIX does: bytes of a file are there once the file was synced, a name in a folder once
+the folder was. Whatever was not synced is there or not, each change by itself.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ class Recipe:
         """All examples, in order."""
         return {id_: cells for number in range(self.appends) for id_, cells in self.append(number).items()}
 
+
 @lru_cache(maxsize=4096)
 def _append(seed: int, number: int, rows: int) -> dict[str, dict[str, Any]]:
     rng = np.random.default_rng([seed, number])
