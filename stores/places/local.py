@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..dtypes import Array
+from ..errors import DamagedError
 from .contract import Buffers
 
 Durability = Literal["fsync", "rename"]
@@ -37,7 +38,7 @@ class LocalPlace:
 
         Others go by what is created (a run, a claim, a record): what was written before it is settled first, and it is at once.
         """
-        final = self.root / path
+        final = self._at(path)
         self.settle()
         with self._partial(final, buffers) as partial:
             os.link(partial, final)
@@ -46,7 +47,7 @@ class LocalPlace:
 
     def replace(self, path: str, buffers: Buffers) -> None:
         """Write an object in one atomic step."""
-        final = self.root / path
+        final = self._at(path)
         with self._partial(final, buffers) as partial:
             partial.replace(final)
 
@@ -58,24 +59,30 @@ class LocalPlace:
 
     def read(self, path: str) -> bytes:
         """The whole object."""
-        return (self.root / path).read_bytes()
+        return self._at(path).read_bytes()
 
     def size(self, path: str) -> int:
         """Bytes of the object."""
-        return (self.root / path).stat().st_size
+        return self._at(path).stat().st_size
 
     def view(self, path: str, *, stays: bool) -> Any:
         """A memory map where the object stays as it is, else its bytes."""
         if not stays:
             return self.read(path)
-        with (self.root / path).open("rb") as file:
+        with self._at(path).open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def names(self, path: str) -> list[str]:
         """The names directly below a folder, sorted, without unfinished ones."""
-        folder = self.root / path
+        folder = self._at(path)
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if not name.endswith(PARTIAL))
+
+    def _at(self, path: str) -> Path:
+        """Where an object lies: below the root, whatever a document of somebody else's run says."""
+        if path.startswith("/") or ".." in path.split("/"):
+            raise DamagedError(f"{path}: the path leads out of the run")
+        return self.root / path
 
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:

@@ -117,14 +117,14 @@ def interrupted(folder: Path, name: str, every: int = 1) -> Iterator[list[str]]:
 
 
 def _trial(path: Path, model: nn.Module, inputs: Inputs, trap: Trap, reference: Run, where: str) -> list[str]:
-    before, threads = _standing(model), set(threading.enumerate())
+    before, threads = standing(model), set(threading.enumerate())
     try:
         _recorded(model, _loader(inputs, trap, springs=where == "loader"), path, trap if where == "target" else None)
     except trap.error:
         wrong = [] if open_run(path).ids == reference.ids[:ROWS] else [f"the run holds {open_run(path).ids}"]
     else:
         wrong = ["the error did not come through"]
-    if _standing(model) != before:
+    if standing(model) != before:
         wrong.append("hooks or settings were left behind")
     wrong += [f"thread {thread.name} was left behind" for thread in set(threading.enumerate()) - threads if _is_ours(thread)]
     wrong += _differences(_recorded(model, _loader(inputs), path), reference)
@@ -152,7 +152,7 @@ def _recorded(model: nn.Module, batches: Iterator[dict[str, Any]], path: Path, t
     return record(model, batches, to=path, sites=SITES, ids="id", targets={"loss": loss}, mode="resume", durability="rename")
 
 
-def _standing(model: nn.Module) -> tuple[object, ...]:
+def standing(model: nn.Module) -> tuple[object, ...]:
     """Everything that recording changes for a while."""
     flags = tuple((module.training, *(parameter.requires_grad for parameter in module.parameters())) for module in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from .promises import broken, broken_after_resuming, torn_to_zarr
-from .recipe import ADDED, Recipe, record
+from .recipe import ADDED, Recipe, append, record
+from .recipe import writing as writing_to
 
 # Children are forked from a process that has imported what they need, so that kills hit the recording and not the imports.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -36,6 +37,38 @@ def kills(folder: Path, count: int, appends: int, seed: int) -> Iterator[list[st
         yield [*broken_after_resuming(path, recipe), *torn_to_zarr(path, recipe)]
         shutil.rmtree(path)
         runs += 1
+
+
+def together(folder: Path, trials: int, writers: int, seed: int) -> Iterator[list[str]]:
+    """P6: several processes write into one run at once, some are killed, a last one does what they left undone."""
+    dice, path = random.Random(seed), folder / "run.zarr"
+    for number in range(trials):
+        recipe = Recipe(seed + number, 3 * writers, 100)
+        with writing_to(path) as writer:
+            append(writer, recipe, lambda what: None, share=slice(1))
+        reading, writing = _PROCESSES.Pipe(duplex=False)
+        children = [
+            _PROCESSES.Process(target=_one_of, args=(path, recipe, slice(n, None, writers), writing)) for n in range(writers)
+        ]
+        for child in children:
+            child.start()
+        writing.close()
+        for child in dice.sample(children, writers // 3):
+            child.join(dice.random())
+            child.kill()
+        for child in children:
+            child.join()
+        with reading:
+            acknowledged = list(_received(reading))
+        wrong = broken(path, recipe, acknowledged)
+        wrong += [f"a writer ended with {child.exitcode}" for child in children if child.exitcode not in (0, -signal.SIGKILL)]
+        yield [*wrong, *broken_after_resuming(path, recipe)]
+        shutil.rmtree(path)
+
+
+def _one_of(path: Path, recipe: Recipe, share: slice, pipe: Connection) -> None:
+    with writing_to(path) as writer:
+        append(writer, recipe, pipe.send, share=share)
 
 
 def _killed(path: Path, recipe: Recipe, every: int, durability: str, seconds: float) -> set[int | str]:

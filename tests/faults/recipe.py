@@ -98,12 +98,12 @@ def record(path: Path, recipe: Recipe, acknowledge: Acknowledge, every: int = 1,
     acknowledge(ADDED)
 
 
-def append(writer: RunWriter, recipe: Recipe, acknowledge: Acknowledge, every: int = 1) -> None:
-    """The part of `record` that a writer does."""
+def append(writer: RunWriter, recipe: Recipe, acknowledge: Acknowledge, every: int = 1, share: slice = slice(None)) -> None:
+    """The part of `record` that a writer does, or its share of the appends."""
     for name, content in ASSETS.items():
         writer.add_asset(name, content)
     waiting: list[int] = []
-    for number in range(recipe.appends):
+    for number in range(recipe.appends)[share]:
         if next(iter(recipe.append(number))) not in writer.committed_ids:
             writer.append(**recipe.given(number))
             waiting.append(number)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import damage, failing, full_disk, interruptions, kills, power_loss
+from . import attacks, damage, failing, full_disk, interruptions, kills, power_loss, surroundings
 
 Trials = Callable[..., Iterator[list[str]]]
 SIZES = [200, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192]  # KiB
@@ -64,6 +64,13 @@ SCENARIOS = [
         kills.kills,
         {"count": 5, "appends": 8, "seed": 1},
         {"count": 250, "appends": 24, "seed": 0},
+    ),
+    Scenario(
+        "six processes write one run at once, two are killed",
+        "P1 P2 P6",
+        kills.together,
+        {"trials": 1, "writers": 3, "seed": 0},
+        {"trials": 20, "writers": 6, "seed": 1},
     ),
     Scenario(
         "SIGKILL after every single file operation (durability='rename')",
@@ -140,4 +147,16 @@ SCENARIOS = [
         )
         for name, short, full in (("GPT-2", 47, 1), ("T5", 97, 2), ("torch encoder", 31, 1))
     ),
+    Scenario(
+        "a disk that is full from the n-th operation on, under a model",
+        "P7 P8",
+        surroundings.full_disk_under_a_model,
+        {"every": 211},
+        {"every": 9},
+    ),
+    Scenario("clocks that jump by up to a year", "P12", surroundings.jumping_clock, {"trials": 1}, {"trials": 20}),
+    Scenario("secrets in the environment", "P14", surroundings.secrets, {}, {}),
+    Scenario("documents made to do harm", "P13", attacks.hostile_documents, {}, {}),
+    Scenario("rows made to do harm", "P13", attacks.hostile_rows, {}, {}),
+    Scenario("mutated documents", "P13", attacks.mutated_documents, {"count": 20, "seed": 0}, {"count": 2000, "seed": 1000}),
 ]
