@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test check bench dev wheel clean
+.PHONY: demo test faults check bench dev wheel clean
 
 demo: $(VENV)/.demo wheel  ## record the embedded model over the standard library, probe it, draw a picture
 	$(BIN)/tensortape demo
 
 test: $(VENV)/.test wheel check  ## lint, types, and all tests against the built wheel
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+faults: $(VENV)/.test wheel  ## the fault suite in full: kills, failing and full disks, power loss, damage; prints its table
+	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python -m faults.report
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

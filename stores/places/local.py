@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from ..errors import DamagedError
 from .contract import PARTIAL, Buffers, R, T, raw
 from .loaded import Loaded
 
@@ -37,22 +38,27 @@ class LocalPlace:
         self._unsettled: set[Path] = set()
 
     def create(self, path: str, buffers: Buffers) -> None:
-        """Write a new object; FileExistsError if there is one already."""
-        final = self.root / path
+        """Write a new object; FileExistsError if there is one already.
+
+        Others go by what is created (a run, a claim, a record): what was written before it is settled first, and it is at once.
+        """
+        final = self._at(path)
+        self.settle()
         with self._partial(final, buffers) as partial:
             os.link(partial, final)
             partial.unlink()
+        self.settle()
 
     def replace(self, path: str, buffers: Buffers) -> None:
         """Write an object in one atomic step."""
-        final = self.root / path
+        final = self._at(path)
         with self._partial(final, buffers) as partial:
             partial.replace(final)
 
     def remove(self, path: str) -> None:
         """Remove an object."""
-        (self.root / path).unlink()
-        self._note((self.root / path).parent)
+        self._at(path).unlink()
+        self._note(self._at(path).parent)
 
     def settle(self) -> None:
         """Sync the folders in which names have changed."""
@@ -62,15 +68,15 @@ class LocalPlace:
 
     def read(self, path: str) -> bytes:
         """The whole object."""
-        return (self.root / path).read_bytes()
+        return self._at(path).read_bytes()
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
-        return (self.root / path).exists()
+        return self._at(path).exists()
 
     def size(self, path: str) -> int:
         """Bytes of the object."""
-        return (self.root / path).stat().st_size
+        return self._at(path).stat().st_size
 
     def free(self) -> int:
         """Bytes that can still be written."""
@@ -81,24 +87,30 @@ class LocalPlace:
         """A memory map where the object stays as it is, else its bytes."""
         if not stays or not self.size(path):  # an empty file cannot be mapped
             return Loaded(self.read(path))
-        with (self.root / path).open("rb") as file:
+        with self._at(path).open("rb") as file:
             return Loaded(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def names(self, path: str) -> list[str]:
         """The names directly below a folder, sorted, without unfinished ones."""
-        folder = self.root / path
+        folder = self._at(path)
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if not name.endswith(PARTIAL))
 
     def unfinished(self, path: str) -> list[str]:
         """The names of unfinished objects directly below a folder, sorted."""
-        folder = self.root / path
+        folder = self._at(path)
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if _UNFINISHED.fullmatch(name))
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """What a function gives for each item, one after another: a disk answers at once."""
         return [function(item) for item in items]
+
+    def _at(self, path: str) -> Path:
+        """Where an object lies: below the root, whatever a document of somebody else's run says."""
+        if path.startswith("/") or ".." in path.split("/"):
+            raise DamagedError(f"{path}: the path leads out of the run")
+        return self.root / path
 
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:

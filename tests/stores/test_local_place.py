@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from faults.layer import Operation, layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places_contract import PlaceContract
 from strategies import files_below
 
+from tensortape.stores.errors import DamagedError
 from tensortape.stores.places import LocalPlace
 from tensortape.stores.places.local import _write_all
 
@@ -76,6 +78,41 @@ def test_buffers_are_written_one_after_another(tmp_path_factory, drawn):
     buffers = [part if isinstance(part, bytes) else np.array(part, "<i4") for part in drawn]
     place.create("a", buffers)
     assert place.read("a") == b"".join(bytes(part) if isinstance(part, bytes) else part.tobytes() for part in buffers)
+
+
+def test_long_names_do_not_make_temporary_names_too_long(place):
+    place.replace("x" * 200, [b"1"])
+    assert place.names("") == ["x" * 200]
+
+
+def test_what_is_created_is_synced_at_once_and_what_was_written_before_it_is_synced_before(tmp_path):
+    """After a power loss no claim or record vouches for what is gone, and nothing is built on a claim that is gone."""
+    place, done = LocalPlace(tmp_path / "run"), []
+
+    def meet(operation: Operation) -> object:
+        done.append((operation.name, operation.paths[-1].name))
+        return operation.make()
+
+    with layer(tmp_path, meet):
+        place.replace("before/x", [b"1"])
+        place.create("claim/y", [b"2"])
+    created = done.index(("link", "y"))
+    assert {("fsync", "before"), ("fsync", "run")} <= set(done[:created])
+    assert {("fsync", "claim"), ("fsync", "run")} <= set(done[created:])
+
+
+@pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/outside", ".."])
+def test_a_path_that_leads_out_of_the_root_is_refused(place, path):
+    """Paths come from documents, which anybody may have written (P13)."""
+    for use in (
+        place.read,
+        place.size,
+        place.names,
+        lambda path: place.view(path, expected=0, stays=True),
+        lambda path: place.replace(path, [b""]),
+    ):
+        with pytest.raises(DamagedError, match="leads out of the run"):
+            use(path)
 
 
 def test_an_unknown_durability_is_refused_with_those_there_are(tmp_path):

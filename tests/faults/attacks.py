@@ -1,0 +1,220 @@
+"""Runs made to do harm. Whatever their documents and rows say, reading them leaves no run, takes no time and no memory to speak of.
+
+Checksums are right throughout: who makes such a run computes them too.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd  # noqa: F401 - the first import would count as time of the first trial
+import pytest
+from strategies import put, small_chunks
+
+from tensortape.stores import Run, StoreError, commits, open_run, parts
+from tensortape.stores.ragged import Cells
+
+from .recipe import Recipe, append, writing
+
+RECIPE = Recipe(51, 2, 9)
+SECONDS, BYTES = 2.0, 256 << 20
+RECORD, ROOT, PART = commits.path_of("p000000", 1), "zarr.json", "parts/p000000/zarr.json"
+Json = dict[str, Any]
+
+# What reading such a run may still do. Take out what it no longer does.
+NOT_YET_REFUSED = frozenset({"another error than ours"})
+
+
+# Documents.
+
+
+def rewritten(path: Path, name: str, change: Callable[[Json], object]) -> None:
+    """Change what a document says, and put right whatever vouches for it."""
+    content = (path / name).read_bytes()
+    document = json.loads(content)["record"] if name == RECORD else json.loads(content)
+    change(document)
+    text = json.dumps(document).encode()
+    put(path / name, commits._framed(text) if name == RECORD else text)
+    if name == PART:
+        rewritten(path, RECORD, lambda record: record.update(document=commits.digest(text)))
+
+
+def _of_h(**changes: Any) -> Callable[[Json], object]:
+    """Change the schema of one array."""
+    return lambda record: record["columns"]["token/h"]["arrays"]["values"].update(changes)
+
+
+def _rows(count: int) -> Callable[[Json], object]:
+    def change(record: Json) -> None:
+        record["rows"]["example"] = count
+        for array in record["arrays"].values():
+            array["rows"] = count
+
+    return change
+
+
+def _nested(document: Json) -> None:
+    document["attributes"] = json.loads("[" * 900 + "]" * 900)
+
+
+DOCUMENTS: dict[str, tuple[str, Callable[[Json], object]]] = {
+    "a path out of the run": (RECORD, _of_h(path="../../../outside/secret")),
+    "an absolute path": (RECORD, _of_h(path="/outside/secret")),
+    "the path of the root": (RECORD, _of_h(path="../..")),
+    "2^62 rows": (RECORD, _rows(1 << 62)),
+    "-1 rows": (RECORD, _rows(-1)),
+    "chunks without rows": (RECORD, _of_h(chunk=[0, 7])),
+    "chunks of 2^40 rows": (RECORD, _of_h(chunk=[1 << 40, 7], shard=[1 << 40, 7])),
+    "shards of 2^40 chunks": (RECORD, _of_h(chunk=[1, 7], shard=[1 << 40, 7])),
+    "rows of 2^40 values": (RECORD, _of_h(shape=[1 << 40], chunk=[1, 1 << 40], shard=[1, 1 << 40])),
+    "a dtype that is code": (RECORD, _of_h(dtype="__import__('os')")),
+    "900 nested lists": (ROOT, _nested),
+    "a part of another kind": (PART, lambda document: document["attributes"]["tensortape"]["part"].update(kind=["x"])),
+}
+
+
+def hostile_documents(folder: Path) -> Iterator[list[str]]:
+    """One trial per attack on a document."""
+    for attack, (name, change) in DOCUMENTS.items():
+        yield from _trial(folder, attack, lambda path, name=name, change=change: rewritten(path, name, change))
+
+
+def mutated_documents(folder: Path, count: int, seed: int) -> Iterator[list[str]]:
+    """One trial per seed: some node of a document is something else, or gone."""
+    for number in range(seed, seed + count):
+        dice = random.Random(number)
+        name = dice.choice([RECORD, RECORD, RECORD, ROOT, PART])
+        mutate = lambda path, name=name, dice=dice: rewritten(path, name, lambda document: _mutate(document, dice))  # noqa: E731
+        yield from _trial(folder, f"mutation {number} of {name}", mutate)
+
+
+def _mutate(document: Json, dice: random.Random) -> None:
+    holder, key = dice.choice(list(_nodes(document)))
+    if isinstance(holder, dict) and dice.random() < 0.2:
+        del holder[key]
+        return
+    plain = [None, True, -1, 0, 1 << 62, 1 << 200, 1.5, float("nan"), "", "x", "../../../outside/secret", "\0", [], {}]
+    holder[key] = dice.choice([*plain, [1 << 40, 1 << 40], ["x", -1], {"x": 1}])
+
+
+def _nodes(document: Any) -> Iterator[tuple[Any, Any]]:
+    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    for key, value in list(items):
+        yield document, key
+        yield from _nodes(value)
+
+
+# Rows.
+
+
+def _starts(value: int) -> Callable[..., dict[str, Cells]]:
+    """`start` and `length` that say other rows than there are."""
+
+    def columns(lengths: Any, rows: Any) -> dict[str, Cells]:
+        name, length = "example/{}.token", next(iter(lengths.values()))
+        said = {"start": np.full(len(length), value), "length": np.full(len(length), abs(value))}
+        return {name.format(kind): Cells("int64", (), [values], None) for kind, values in said.items()}
+
+    return columns
+
+
+def _texts(ends: Callable[[Any], Any], content: bytes = b"a" * 40) -> Callable[..., tuple[Any, Any]]:
+    """Texts whose ends, or bytes, are not those of texts."""
+    return lambda block, offset: (np.frombuffer(content, np.uint8), ends(np.arange(len(block), dtype=np.int64)))
+
+
+ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "examples that begin before the table": ("start_columns", _starts(-(1 << 40))),
+    "examples of 2^60 rows": ("start_columns", _starts(1 << 60)),
+    "texts that end at 2^60": ("text_bytes", _texts(lambda at: at + (1 << 60))),
+    "texts that end before they begin": ("text_bytes", _texts(lambda at: 30 - at)),
+    "texts that end before the first": ("text_bytes", _texts(lambda at: -at - 7)),
+    "texts that are no UTF-8": ("text_bytes", _texts(lambda at: at + 1, b"\xff" * 40)),
+}
+
+
+def hostile_rows(folder: Path) -> Iterator[list[str]]:
+    """One trial per attack on what rows say of other rows."""
+    for attack, (name, instead) in ROWS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts, name, instead)
+            yield from _trial(folder, attack, lambda path: None)
+
+
+# What must hold.
+
+
+def _trial(folder: Path, attack: str, change: Callable[[Path], object]) -> Iterator[list[str]]:
+    path = folder / "run.zarr"
+    (folder / "outside").mkdir(exist_ok=True)
+    with small_chunks(shard_bytes=256), writing(path) as writer:
+        append(writer, RECIPE, lambda number: None, RECIPE.appends)
+    for name in (commits.path_of("p000000", 2), commits.end_path("p000000")):  # an open part of one record, which is rewritten
+        (path / name).unlink()
+    change(path)
+    with _watched(folder / "outside") as harm:
+        harm += {what for what in _read_everything(path) if what not in NOT_YET_REFUSED}
+    yield [f"{attack}: {what}" for what in harm]
+    shutil.rmtree(path)
+
+
+def _read_everything(path: Path) -> Iterator[str]:
+    try:
+        run = open_run(path)
+        for read in (run.verify, lambda: run.keys, lambda: repr(run), lambda: run.examples, *_column_reads(run)):
+            with suppress(StoreError, IndexError):
+                read()
+    except StoreError:
+        return
+    except Exception:
+        yield "another error than ours"
+
+
+def _column_reads(run: Run) -> Iterator[Callable[[], Any]]:
+    for table in run.tables.values():
+        for column in table.values():
+            yield column.rows
+            yield from (lambda column=column, n=number: column[n] for number in (0, 4, 9))
+
+
+@contextmanager
+def _watched(outside: Path) -> Iterator[list[str]]:
+    """What happens besides: files opened outside of the run, seconds, bytes."""
+    harm, opened = list[str](), list[str]()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    _WATCHERS.append(opened)
+    began, before = time.perf_counter(), _peak()
+    yield harm
+    _WATCHERS.remove(opened)
+    if time.perf_counter() - began > SECONDS:
+        harm.append("it took too long")
+    if _peak() - before > BYTES:
+        harm.append("it took too much memory")
+    if any(Path(name).resolve().is_relative_to(outside) for name in opened):
+        harm.append("a file outside the run was opened")
+
+
+_WATCHERS: list[list[str]] = []
+
+
+def _opening(event: str, arguments: Any) -> None:
+    if event == "open" and _WATCHERS and isinstance(arguments[0], str):
+        _WATCHERS[-1].append(arguments[0])
+
+
+sys.addaudithook(_opening)
+
+
+def _peak() -> int:
+    """The largest memory the process has had since the peak began anew, as Linux counts it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
