@@ -205,7 +205,7 @@ class Column:
         for number, part in enumerate(self._parts):
             if part in self._holders:
                 arrays = self._column_of(number).arrays
-                grid = arrays["end" if "end" in arrays else "values"].grid
+                grid = arrays.get("end", next(iter(arrays.values()))).grid  # every other array has one row per row of the column
                 rows[number] = (grid.chunk if unit == "chunk" else grid.shard)[0]
         return rows
 

@@ -164,6 +164,29 @@ def test_columns_of_the_example_table_and_reduced_ones(run):
     assert same_bits(means, run["token/h|last"].rows())
 
 
+@pytest.fixture(scope="module", params=[{"compress": "lz4"}, {"quantize": "int8"}, {"quantize": "int8", "compress": "zstd"}])
+def smaller(tmp_path_factory, request) -> Run:
+    """`token/h` compressed or in few bits, in two parts, beside the number of each row."""
+    path, rng, rows = tmp_path_factory.mktemp("smaller") / "run.zarr", np.random.default_rng(0), iter(range(1000))
+    for ids in (range(4), range(4, 7)):
+        with small_chunks(), writer_at(path, "resume") as writer:
+            writer.describe("token/h", **request.param)
+            values = [rng.normal(size=(id_ * 5 + 3, 7)).astype(ml_dtypes.bfloat16) for id_ in ids]
+            counted = [[next(rows) for _ in value] for value in values]
+            writer.append(ids=list(ids), columns={"token/h": values, "token/row": counted})
+    return open_run(path)
+
+
+def test_compressed_and_quantised_columns_are_read_alike(smaller):
+    found = list(smaller.batches(["token/h", "token/row"], 11, buffer_rows=33))
+    numbers = np.concatenate([one["token/row"] for one in found])
+    assert sorted(numbers.tolist()) == list(range(126))
+    assert same_bits(np.concatenate([one["token/h"] for one in found]), smaller["token/h"].rows()[numbers])
+    again = pickle.loads(pickle.dumps(open_run(smaller.path).batches("token/h", 50, shuffle=False)))
+    assert same_bits(np.concatenate(list(again)), smaller["token/h"].rows())
+    assert same_bits(smaller["token/h"].to_dask().compute(scheduler="sync"), smaller["token/h"].rows())
+
+
 def test_the_last_batch_may_be_dropped(run):
     whole, cut = run.batches("token/h", 25, seed=1), run.batches("token/h", 25, seed=1, drop_last=True)
     assert (len(whole), len(cut)) == (5, 4)
