@@ -16,14 +16,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RunPath = Annotated[Path, typer.Argument(help="A recorded run.", show_default=False)]
+RunPath = Annotated[str, typer.Argument(help="A recorded run: a folder, or s3://bucket/path.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def record(
     model: Annotated[str, typer.Option(help="Model name or folder, or 'demo' for the embedded one.")],
-    to: Annotated[Path, typer.Option(help="The run to write.")],
+    to: Annotated[str, typer.Option(help="The run to write: a folder, or s3://bucket/path.")],
     sites: Annotated[list[str], typer.Option(help="What to record, or 'none'; may be given several times.")] = ["resid_post"],  # noqa: B006
     attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,

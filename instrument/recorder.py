@@ -49,7 +49,7 @@ class Recorder:
     Args:
         model: any torch module; DDP, FSDP and torch.compile wrappers are looked through.
         sites: one pattern, `Site` or callable `(path, module) -> ports`, or a list of them; see `tensortape.stores.patterns`.
-        to: the run's folder.
+        to: the run's folder, or `s3://bucket/path`.
         mode: `create` refuses a path that exists; `resume` continues a run: it adds examples, and to examples the run has already
             the sites it has not, and seals what a recorder that is gone left open; `overwrite` renames an existing run aside.
         durability: `fsync` or `rename`, as for `RunWriter`.
@@ -60,6 +60,7 @@ class Recorder:
         fingerprint: more that a resumed recording must agree with, besides the model's weights; a JSON object.
         commit_seconds, commit_bytes: as for `RunWriter`.
         recompile: if the model is compiled already, reset torch.compile so that it is compiled anew with the hooks.
+        storage_options: as for `RunWriter`.
 
     Raises:
         SiteNotFoundError, CompiledModelError, UnsupportedModelError; RunExistsError and the other errors of `RunWriter`.
@@ -80,6 +81,7 @@ class Recorder:
         fingerprint: Mapping[str, Any] | None = None,
         commit_seconds: float = cadence.SLOWEST,
         commit_bytes: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         refuse_compiled(model, recompile=recompile)
         self._model = unwrapped(model)
@@ -105,6 +107,7 @@ class Recorder:
             background=background,
             commit_seconds=commit_seconds,
             commit_bytes=commit_bytes,
+            storage_options=storage_options,
         )
 
     @property

@@ -55,6 +55,7 @@ def record(
     targets: Targets | None = None,
     session: str | None = None,
     check_disk: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Run:
     """Run a model over texts, or over a loader's batches, and record chosen sites.
 
@@ -63,7 +64,7 @@ def record(
     Args:
         model: any torch module.
         data: texts (with `tokenizer`), or an iterable of dicts of the model's arguments, such as a DataLoader.
-        to: the run's folder.
+        to: the run's folder, or `s3://bucket/path`.
         sites: what to record; see `Recorder`.
         tokenizer: of transformers; its files are kept in the run, so that tokens can be shown without it.
         ids: for texts one per text (default: their numbers); for a loader the key of its dicts that holds them. "content" hashes
@@ -75,7 +76,7 @@ def record(
             `<id>:<first token>` and the text's id in `example/document`.
         batch_tokens, batch_size: most positions, pads included, and most examples per batch of texts.
         keep_text: also store each example's text and each token's character span in it.
-        mode, durability, memory_budget, recompile, session: as for `Recorder`.
+        mode, durability, memory_budget, recompile, session, storage_options: as for `Recorder`.
         progress: show a progress bar; by default on a terminal.
         targets: for sites with gradients: name to a function of (outputs, batch) that gives one value per example, [examples]. Each
             is summed and differentiated in a backward of its own, which leaves every `.grad` alone; gradients go to columns
@@ -103,6 +104,7 @@ def record(
         recompile=recompile,
         session=session,
         fingerprint={"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {},
+        storage_options=storage_options,
     )
     if recorder.has_gradients != bool(targets):
         raise ValueError(
@@ -119,7 +121,7 @@ def record(
             _record_texts(recorder, model, texts, groups, ids, targets or {}, room, keep_text=keep_text, progress=progress)
         else:
             _record_loader(recorder, model, data, ids, labels or {}, targets or {}, room, progress=progress)
-    return open_run(Path(to))
+    return open_run(to, storage_options=storage_options)
 
 
 def _record_texts(

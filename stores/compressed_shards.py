@@ -14,7 +14,7 @@ from . import codecs
 from .dtypes import Array
 from .errors import DamagedError
 from .geometry import CRC_BYTES, Geometry
-from .shards import Shard, read_index
+from .shards import Load, Shard, present, read_index
 
 RECENT_BYTES = 64 << 20
 
@@ -54,9 +54,19 @@ class CompressedShard(Shard):
         DamagedError: the index is not that of a shard with these rows; or, on reading, a chunk cannot be expanded.
     """
 
-    def __init__(self, data: Any, geometry: Geometry, rows: int, crcs: Array, recent: RecentChunks, *, verify: bool = True) -> None:
-        super().__init__(data, geometry, rows, crcs)
-        self._verify = verify
+    def __init__(
+        self,
+        data: Any,
+        geometry: Geometry,
+        rows: int,
+        crcs: Array,
+        recent: RecentChunks,
+        *,
+        verify: bool = True,
+        load: Load = present,
+    ) -> None:
+        super().__init__(data, geometry, rows, crcs, verify=verify, load=load)
+        self._load([(max(self.nbytes - geometry.index_bytes, 0), self.nbytes)])
         self._recent = recent
         self._number = next(recent.numbers)
         found = read_index(self._bytes, geometry)
@@ -122,6 +132,10 @@ class CompressedShard(Shard):
         frame = self._frame(chunk)
         crc: int = google_crc32c.value(frame[:-CRC_BYTES])
         return crc == int.from_bytes(frame[-CRC_BYTES:].tobytes(), "little")
+
+    def _span(self, chunk: int) -> tuple[int, int]:
+        offset, size = map(int, self._places[chunk])
+        return offset, offset + size
 
     def _frame(self, number: int) -> Array:
         offset, size = map(int, self._places[number])

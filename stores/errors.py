@@ -8,6 +8,8 @@ StoreError
 ├── DamagedError (OSError)                bytes on disk are not the bytes that were committed
 ├── LostPartError (RuntimeError)          this writer's part was closed by somebody else
 ├── BrokenWriterError (RuntimeError)      an earlier failure left this writer unusable
+├── UnsafePlaceError (RuntimeError)       the place cannot keep two writers apart
+├── ForkedError (RuntimeError)            object storage in a process that was forked
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
 ├── DiskShortError (OSError)              the disk has no room for what is to be written
 ├── SchemaError (ValueError)              what was given does not fit the run
@@ -49,6 +51,14 @@ class LostPartError(StoreError, RuntimeError):
 
 class BrokenWriterError(StoreError, RuntimeError):
     """An earlier failure left this writer unusable; what was committed before it stands."""
+
+
+class UnsafePlaceError(StoreError, RuntimeError):
+    """The place cannot keep two writers apart, and nobody has said that there is only one."""
+
+
+class ForkedError(StoreError, RuntimeError):
+    """This process was forked from one that has used object storage, and cannot use it."""
 
 
 class BudgetError(StoreError, MemoryError):

@@ -14,7 +14,7 @@ from .errors import SchemaError, UnknownColumnError
 from .index import Index
 from .part_state import PartState
 from .parts import PartWriter, key_columns, start_columns
-from .places import LocalPlace
+from .places import Place
 from .ragged import Cells, cells
 from .schema import PartDocument, RunDocument
 
@@ -24,7 +24,7 @@ def exists(name: str) -> SchemaError:
     return SchemaError(f"column {name!r} is already in the run; columns are never rewritten, give it another name")
 
 
-def add(place: LocalPlace, run: RunDocument, index: Index, parts: list[PartState], name: str, values: Any, ids: Any) -> None:
+def add(place: Place, run: RunDocument, index: Index, parts: list[PartState], name: str, values: Any, ids: Any) -> None:
     """Write one column as a part of its own, closed at once."""
     names.refuse_bookkeeping(name)
     if not len(index):

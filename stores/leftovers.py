@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Mapping
+from typing import Any
 
 from . import runs
 from .part_reader import PartReader
 from .part_state import PartState, claimed_parts, read_part
-from .places import LocalPlace, Place
+from .places import Place, place_at
 from .shard_cache import ShardCache
 
 
-def remove_leftovers(path: Path) -> list[str]:
+def remove_leftovers(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """Remove what no record names from parts that are closed or sealed, and unfinished files; the paths removed.
 
     A part that is open may have a writer, so nothing in it is touched, nor are unfinished files above the parts while any part is
     open: resume the run, or `repair` it, first. Files that are not ours stay.
     """
-    place = LocalPlace(path)
-    uid = runs.read_document(place, path).uid
+    place = place_at(path, storage_options=storage_options)
+    uid = runs.read_document(place, place.root).uid
     parts = [read_part(place, uid, name) for name in claimed_parts(place)]
     found = [leftover for part in parts if part.ended for leftover in _of_part(place, part)]
     if all(part.ended for part in parts):

@@ -16,6 +16,7 @@ from .errors import DamagedError
 from .geometry import Geometry
 from .part_state import ArrayState, PartState
 from .parts import shard_path
+from .places.loaded import Loaded
 from .schema import ArraySchema, ColumnSchema
 from .shard_cache import ShardCache, file_bytes, shard_of
 from .shards import Shard
@@ -85,7 +86,7 @@ class ArrayReader:
 
     def shard_of(self, number: int, content: bytes) -> Shard:
         """A shard as if its file held `content`; DamagedError where that cannot be one."""
-        return shard_of(content, self.geometry, self._state.shards[number], RecentChunks())
+        return shard_of(Loaded(content), self.geometry, self._state.shards[number], RecentChunks())
 
     def chunks_in(self, number: int) -> int:
         """How many chunks of a shard were committed."""

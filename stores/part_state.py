@@ -103,7 +103,8 @@ class PartState:
 
 def read_parts(place: Place, run: str) -> list[PartState]:
     """Every part that has committed something, in order of name."""
-    return [part for part in (read_part(place, run, name) for name in claimed_parts(place)) if part.columns]
+    found = place.each(lambda name: read_part(place, run, name), claimed_parts(place))
+    return [part for part in found if part.columns]
 
 
 def part_names(place: Place) -> list[str]:
@@ -113,7 +114,8 @@ def part_names(place: Place) -> list[str]:
 
 def claimed_parts(place: Place) -> list[str]:
     """The parts that somebody writes or wrote: not the empty folder of a writer that was killed while claiming it."""
-    return [name for name in part_names(place) if place.names(f"parts/{name}")]
+    found = part_names(place)
+    return [name for name, held in zip(found, place.each(lambda name: place.names(f"parts/{name}"), found), strict=True) if held]
 
 
 def read_part(place: Place, run: str, name: str, *, whole: bool = False) -> PartState:
@@ -203,8 +205,8 @@ def _records(place: Place, run: str, part: str, end: End | None, *, whole: bool)
         if record.listed:
             yield record, digest
             start, previous = checkpoint + 1, digest
-    for number in range(start, last + 1):
-        record, digest = read_record(place, run, part, number)
+    for record, digest in place.each(lambda number: read_record(place, run, part, number), range(start, last + 1)):
+        number = record.number
         if record.previous != previous and not (number == first and record.kind == "repaired"):
             raise DamagedError(f"{commits.path_of(part, number)}: this commit record does not follow the one before it")
         previous = digest

@@ -206,8 +206,9 @@ class PartWriter:
         return (known.dtype, known.shape) if known else (column.dtype, column.shape)
 
     def _write_groups(self, part: str) -> None:
-        for folder in group_folders(self._schemas.values()):
-            self._place.replace(f"parts/{part}/{folder}/zarr.json", [zarr_documents.group()])
+        document = [zarr_documents.group()]
+        folders = group_folders(self._schemas.values())
+        self._place.each(lambda folder: self._place.replace(f"parts/{part}/{folder}/zarr.json", document), folders)
         for schema in self._schemas.values():
             for role in schema.arrays.values():
                 self._templates[role.path] = zarr_documents.array(schema, role)
@@ -257,16 +258,18 @@ class PartWriter:
         return encoded.nbytes
 
     def _write_tails(self, part: str) -> None:
-        for path, buffer in self._buffers.items():
-            if buffer.held and buffer.rows != self._committed.get(path, 0):
-                self._written += self._write_shard(part, path, buffer.shard, buffer.tail())
+        buffers = self._buffers.items()
+        waiting = [(path, buffer) for path, buffer in buffers if buffer.held and buffer.rows != self._committed.get(path, 0)]
+        self._written += sum(self._place.each(lambda one: self._write_shard(part, one[0], one[1].shard, one[1].tail()), waiting))
 
     def _write_shapes(self, part: str, wave: int) -> None:
-        for schema in self._schemas.values():
-            for role in schema.arrays.values():
-                if _wave(schema, role.name) == wave:
-                    document = zarr_documents.with_rows(self._templates[role.path], self._buffers[role.path].rows)
-                    self._place.replace(f"parts/{part}/{role.path}/zarr.json", [document])
+        schemas = self._schemas.values()
+        paths = [role.path for schema in schemas for role in schema.arrays.values() if _wave(schema, role.name) == wave]
+        self._place.each(lambda path: self._write_shape(part, path), paths)
+
+    def _write_shape(self, part: str, path: str) -> None:
+        document = zarr_documents.with_rows(self._templates[path], self._buffers[path].rows)
+        self._place.replace(f"parts/{part}/{path}/zarr.json", [document])
 
     def _add_record(self, part: PartState, kind: str, **said: Any) -> None:
         rows = {path: buffer.rows for path, buffer in self._buffers.items()}

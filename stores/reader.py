@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,28 +15,36 @@ from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .batches import Batches
 from .columns import Column, Table
 from .dtypes import Array
-from .errors import AttentionNotRecordedError, GradientError, NotARunError, UnknownColumnError
+from .errors import AttentionNotRecordedError, GradientError, UnknownColumnError
 from .index import Index
 from .part_reader import PartReader
 from .part_state import PartState, read_parts
 from .patterns import Alias, Pattern
-from .places import LocalPlace
+from .places import Place, place_at
 from .reduced import KINDS, ReducedColumn
 from .scaled import ScaledColumn
 from .schema import Json
-from .shard_cache import ShardCache
-from .verify import Verification, verify_run
+from .shard_cache import FETCHED_BYTES, ShardCache
+from .verify import Verification, verify_place
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def open_run(path: str | os.PathLike[str], *, verify: Literal["touch", "off"] = "touch") -> Run:
+def open_run(
+    path: str | os.PathLike[str],
+    *,
+    verify: Literal["touch", "off"] = "touch",
+    cache_bytes: int = FETCHED_BYTES,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Run:
     """Open a run for reading, as of its last commits; it may still be being written.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or `s3://bucket/path`.
         verify: `touch` compares every chunk with its committed checksum when it is first read, `off` trusts the disk.
+        cache_bytes: of an object store, how many fetched bytes to keep in memory.
+        storage_options: of an object store, what its environment does not say: see docs/object_storage.md.
 
     Raises:
         NotARunError, FormatVersionError (a newer format), DamagedError (a commit record is damaged).
@@ -56,24 +64,22 @@ def open_run(path: str | os.PathLike[str], *, verify: Literal["touch", "off"] = 
     """
     if verify not in ("touch", "off"):
         raise ValueError(f"verify is 'touch' or 'off', not {verify!r}")
-    folder = Path(path).absolute()  # the working directory may change while the run is open
-    if not folder.is_dir():
-        raise NotARunError(f"{folder} is not a tensortape run: there is no such folder")
-    return Run(folder, verify=verify == "touch")
+    return Run(place_at(path, storage_options=storage_options), verify=verify == "touch", cache_bytes=cache_bytes)
 
 
 class Run:
     """A snapshot of a run: tables of columns, joined over its parts by key."""
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.path = path
+    def __init__(self, place: Place, *, verify: bool = True, cache_bytes: int = FETCHED_BYTES) -> None:
+        self.path = place.root
         self._verify = verify
-        self._place = LocalPlace(path)
-        self._document = runs.read_document(self._place, path)
+        self._cache_bytes = cache_bytes
+        self._place = place
+        self._document = runs.read_document(place, place.root)
         self._load()
 
     def _load(self) -> None:
-        cache = ShardCache(self._place, self.uid, verify=self._verify)
+        cache = ShardCache(self._place, self.uid, verify=self._verify, most_bytes=self._cache_bytes)
         self._parts = [PartReader(state, cache) for state in read_parts(self._place, self._document.uid)]
         self._index = Index(self._parts)
         self.__dict__.pop("tables", None)
@@ -356,7 +362,7 @@ class Run:
 
     def verify(self, *, quick: bool = False) -> Verification:
         """Read every committed byte (`quick`: look at sizes only) and compare it with its commit record."""
-        return verify_run(self.path, quick=quick)
+        return verify_place(self._place, quick=quick)
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one."""

@@ -8,9 +8,11 @@ resumed recording records them anew.
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from .mending import Mending, wounds
 from .part_reader import PartReader
 from .part_state import ArrayState, PartState, claimed_parts, list_path, read_list, read_part
 from .parts import group_folders
-from .places import LocalPlace, Place
+from .places import Place, place_at
 from .salvage import record_numbers, salvaged
 from .shard_cache import ShardCache
 
@@ -51,22 +53,23 @@ class Repair:
         return f"<Repair {self.path}: {done if self.changed else 'nothing to repair'}{lost}>"
 
 
-def repair_run(path: Path) -> Repair:
+def repair_run(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Repair:
     """Repair a run, part by part; a part that needs it is sealed, so that its writer, should it live, fails at its next commit.
 
     >>> from tensortape.stores import RunWriter, open_run
     >>> with RunWriter("mended.zarr") as writer:
     ...     writer.append(ids=[7, 8], columns={"example/y": [1.5, 2.5]})
+    >>> from pathlib import Path
     >>> shard = Path("mended.zarr/parts/p000000/example/y/c.0")
     >>> _ = shard.write_bytes(b"nonsense")
-    >>> repair_run(Path("mended.zarr")).withdrawn
+    >>> repair_run("mended.zarr").withdrawn
     [7, 8]
     >>> open_run("mended.zarr").ids, open_run("mended.zarr").verify().ok
     ([], True)
     """
-    place = LocalPlace(path)
-    repairs = _Repairs(place, Repair(str(path), f"quarantine/{uuid.uuid4().hex[:8]}"))
-    uid = repairs.root(path)
+    place = place_at(path, storage_options=storage_options)
+    repairs = _Repairs(place, Repair(str(place.root), f"quarantine/{uuid.uuid4().hex[:8]}"))
+    uid = repairs.root()
     for name in claimed_parts(place):
         repairs.part(uid, name)
     place.settle()
@@ -79,12 +82,12 @@ class _Repairs:
         self._copies = {path: text for said in runs.statements(place) for path, text in said.copies.items()}
         self.done = done
 
-    def root(self, path: Path) -> str:
+    def root(self) -> str:
         """The run document, out of any part's copy, and the group above the parts; the run's uid."""
         if runs.ROOT in self._copies:
             self._mend(runs.ROOT, self._copies[runs.ROOT].encode())
         self._mend("parts/zarr.json", zarr_documents.group())
-        return runs.read_document(self._place, path).uid
+        return runs.read_document(self._place, self._place.root).uid
 
     def part(self, run: str, name: str) -> None:
         """One part: its document, its records, its shards, and what readers of plain Zarr need."""

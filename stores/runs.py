@@ -20,7 +20,7 @@ from .schema import FORMAT, Json, RunDocument
 ROOT = "zarr.json"
 
 
-def document_for(place: LocalPlace, mode: str, session: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
+def document_for(place: Place, mode: str, session: str, about: dict[str, Json]) -> tuple[RunDocument, bool]:
     """The run document for a writer in this mode, and whether the run is there already. Nothing is written yet.
 
     A run that the same session has begun is joined in every mode.
@@ -34,17 +34,18 @@ def document_for(place: LocalPlace, mode: str, session: str, about: dict[str, Js
         raise _exists(place)
     if there:
         read_document(place, place.root)  # only runs are renamed aside
+        _folder(place)
     return RunDocument(uid=uuid.uuid4().hex, session=session, **about), False
 
 
-def start(place: LocalPlace, mode: str, document: RunDocument) -> RunDocument:
+def start(place: Place, mode: str, document: RunDocument) -> RunDocument:
     """Begin a new run, once there is something to put into it; an old one that the mode overwrites is renamed aside.
 
     Returns:
         The document that counts: another's, if a writer of the same session was quicker.
     """
     if mode == "overwrite" and _is_taken(place) and not _begun_by(place, document.session):
-        _rename_aside(place)
+        _rename_aside(_folder(place))
     place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     try:
         place.create(ROOT, [zarr_documents.group(document.to_attributes())])
@@ -56,19 +57,22 @@ def start(place: LocalPlace, mode: str, document: RunDocument) -> RunDocument:
     return document
 
 
-def _begun_by(place: LocalPlace, session: str) -> bool:
+def _begun_by(place: Place, session: str) -> bool:
     try:
         return read_document(place, place.root).session == session
     except (NotARunError, SchemaError):
         return False
 
 
-def _is_taken(place: LocalPlace) -> bool:
+def _is_taken(place: Place) -> bool:
     """Whether anything is at the path, other than what a start leaves behind that was killed before the run existed."""
-    if not place.root.is_dir():
-        return place.root.exists()
-    above, parts = set(place.names("")), set(place.names("parts"))
-    return ROOT in above or not above <= {"parts"} or not parts <= {ROOT}
+    try:
+        place.size(ROOT)
+    except FileNotFoundError:
+        return not set(place.names("")) <= {"parts"} or not set(place.names("parts")) <= {ROOT}
+    except NotADirectoryError:  # a file
+        return True
+    return True
 
 
 def check_is(place: Place, uid: str, where: str | Path) -> None:
@@ -84,9 +88,11 @@ def check_is(place: Place, uid: str, where: str | Path) -> None:
 def read_document(place: Place, where: str | Path) -> RunDocument:
     """The run document at a place; NotARunError if there is none."""
     try:
-        found = attributes(place.read(ROOT), ROOT)
+        content = place.read(ROOT)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotARunError(f"{where} is not a tensortape run: it has no {ROOT}") from None
+        reason = f"it has no {ROOT}" if place.names("") else "there is no folder with anything in it"
+        raise NotARunError(f"{where} is not a tensortape run: {reason}") from None
+    found = attributes(content, ROOT)
     if FORMAT not in found:
         raise NotARunError(f"{where} is a Zarr group, but not a tensortape run")
     return RunDocument.from_attributes(found, str(where))
@@ -113,14 +119,21 @@ def keep_asset(place: Place, name: str, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _exists(place: LocalPlace) -> RunExistsError:
-    return RunExistsError(
-        f"{place.root} exists; give another path, mode='resume' to continue it, or mode='overwrite' to start anew (the old one is "
-        "renamed aside)"
-    )
+def _exists(place: Place) -> RunExistsError:
+    anew = "mode='overwrite' to start anew (the old one is renamed aside)"
+    if not isinstance(place, LocalPlace):
+        anew = "delete what is below it (an object store cannot rename it aside, so mode='overwrite' is for folders)"
+    return RunExistsError(f"{place.root} exists; give another path, mode='resume' to continue it, or {anew}")
 
 
-def _continued(place: LocalPlace, about: dict[str, Json]) -> RunDocument:
+def _folder(place: Place) -> LocalPlace:
+    """The place, if what is there can be renamed aside."""
+    if not isinstance(place, LocalPlace):
+        raise _exists(place)
+    return place
+
+
+def _continued(place: Place, about: dict[str, Json]) -> RunDocument:
     document = read_document(place, place.root)
     differences = sorted(_differences(document.fingerprint, json.loads(json.dumps(about.get("fingerprint", {})))))
     if differences:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -141,21 +141,46 @@ def _little(crc: int) -> bytes:
     return crc.to_bytes(CRC_BYTES, "little")
 
 
+Load = Callable[[Iterable[tuple[int, int]]], None]  # what makes spans of bytes right that come from far away
+
+
+def present(spans: Iterable[tuple[int, int]]) -> None:
+    """For bytes that are all here."""
+
+
 class Shard:
     """Committed rows of one shard, read from its bytes; each chunk is checked against the commit record when first touched."""
 
-    def __init__(self, data: Any, geometry: Geometry, rows: int, crcs: Array, *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        data: Any,
+        geometry: Geometry,
+        rows: int,
+        crcs: Array,
+        *,
+        verify: bool = True,
+        load: Load = present,
+    ) -> None:
         self._bytes = np.frombuffer(data, np.uint8)
         self._geometry = geometry
         self._rows = rows
         self._crcs = crcs
-        self._good = np.full(len(crcs), not verify)
+        self._good = np.zeros(len(crcs), bool)
+        self._verify = verify
+        self._load = load  # spans of the bytes are right only after this, where they come from far away
 
     def damaged(self, chunks: Sequence[int] | Array | None = None) -> list[int]:
         """The chunks (all, unless some are named) whose committed rows are not the ones committed."""
         chosen = np.arange(len(self._crcs)) if chunks is None else np.asarray(chunks)
-        bad = [int(chunk) for chunk in chosen[~self._good[chosen]] if not self._check(int(chunk))]
-        return bad
+        new = chosen[~self._good[chosen]].tolist()
+        if new:
+            self._load(map(self._span, new))
+        return [chunk for chunk in new if not self._check(chunk)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self._bytes)
 
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First and one past the last row of the shard that chunk number `chunk` holds."""
@@ -164,6 +189,7 @@ class Shard:
     def structure_is_right(self) -> bool:
         """Whether the parts that only foreign readers use (stored checksums, index) are right too."""
         present = self._geometry.chunks_for(self._rows)
+        self._load([(present * self._geometry.stride, len(self._bytes))])
         tail: bytes = self._bytes[present * self._geometry.stride :].tobytes()
         return tail == _plain_index(present, self._geometry) and all(map(self._stored_crc_is_right, range(present)))
 
@@ -232,11 +258,14 @@ class Shard:
                 target[...] = self._chunk(int(row) * geometry.pieces + piece)[0, : len(target)]
         return out
 
+    def _span(self, chunk: int) -> tuple[int, int]:
+        """Where a chunk and its checksum lie."""
+        return chunk * self._geometry.stride, (chunk + 1) * self._geometry.stride
+
     def _check(self, chunk: int) -> bool:
         start = chunk * self._geometry.stride
         used = self._geometry.committed_bytes(chunk, self._rows)
-        crc: int = google_crc32c.value(self._bytes[start : start + used])
-        self._good[chunk] = crc == int(self._crcs[chunk])
+        self._good[chunk] = not self._verify or google_crc32c.value(self._bytes[start : start + used]) == int(self._crcs[chunk])
         return bool(self._good[chunk])
 
     def _stored_crc_is_right(self, chunk: int) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from . import commits, runs, zarr_documents
@@ -14,9 +14,11 @@ from .errors import NotARunError, StoreError
 from .part_reader import ArrayReader, PartReader
 from .part_state import PartState, claimed_parts, list_path, read_list, read_part
 from .parts import group_folders
-from .places import LocalPlace, Place
+from .places import Place, place_at
 from .schema import Json
 from .shard_cache import ShardCache
+
+OUTAGES = (ConnectionError, TimeoutError)  # of the place; they say nothing of the run
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,28 @@ class Verification:
         return f"<Verification {self.path}: {state}; {self.shards} shards, {self.nbytes} bytes read>{listed}{more}"
 
 
-def verify_run(path: Path, *, quick: bool = False) -> Verification:
+def verify_run(
+    path: str | os.PathLike[str], *, quick: bool = False, storage_options: Mapping[str, Any] | None = None
+) -> Verification:
     """Compare every committed byte with what was committed; damage of any kind is listed, not raised.
 
     Args:
         quick: look at sizes only, and at everything that is not values: finds what is missing or cut, not what has changed.
+
+    Raises:
+        NotARunError, FormatVersionError. ConnectionError, TimeoutError: an object store failed, which says nothing of the run.
     """
-    place = LocalPlace(path)
+    return verify_place(place_at(path, storage_options=storage_options), quick=quick)
+
+
+def verify_place(place: Place, *, quick: bool = False) -> Verification:
+    """The same for a run at a place."""
     checks = _Checks(place, quick=quick)
-    uid = checks.root(path)
+    uid = checks.root()
     checks.groups_above()
     for name in claimed_parts(place):
         checks.part(uid, name)
-    return Verification(str(path), checks.shards, checks.nbytes, tuple(checks.damaged), tuple(checks.unfinished))
+    return Verification(str(place.root), checks.shards, checks.nbytes, tuple(checks.damaged), tuple(checks.unfinished))
 
 
 def _path_in(error: Exception, otherwise: str) -> str:
@@ -94,11 +105,11 @@ class _Checks:
         self.damaged: list[Damage] = []
         self.unfinished: list[str] = []
 
-    def root(self, path: Path) -> str:
+    def root(self) -> str:
         """Check the run document; the run's uid, as far as anything tells it."""
         there = claimed_parts(self._place)
         try:
-            return runs.read_document(self._place, path).uid
+            return runs.read_document(self._place, self._place.root).uid
         except NotARunError:
             if not there:
                 raise
@@ -115,6 +126,8 @@ class _Checks:
     def part(self, run: str, name: str) -> None:
         try:
             state = read_part(self._place, run, name, whole=True)
+        except OUTAGES:
+            raise
         except (StoreError, OSError) as error:
             path = _path_in(error, f"parts/{name}")
             self._add(path, str(error).removeprefix(f"{path}: "))
@@ -172,6 +185,8 @@ class _Checks:
     def _content(self, path: str) -> bytes:
         try:
             return self._place.read(path)
+        except OUTAGES:
+            raise
         except OSError:
             return b""
 
@@ -193,10 +208,12 @@ class _Checks:
             if self._quick:
                 return
             shard = array.open(number)
+        except OUTAGES:
+            raise
         except (StoreError, OSError) as error:
             yield str(error).removeprefix(f"{path}: "), first, last
             return
-        size = self._place.size(path)
+        size = shard.nbytes
         self.nbytes += size
         bad = shard.damaged()
         for chunk in bad:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -26,7 +25,8 @@ from .errors import BrokenWriterError, DiskShortError, KeyRepeatedError, SchemaE
 from .held import Held, Holdings, Lengths, holdings
 from .open_parts import OpenParts
 from .parts import Description, PartWriter, key_columns
-from .places.local import Durability, LocalPlace
+from .places import place_at
+from .places.local import Durability
 from .ragged import Cells, cells, lengths_of
 from .ragged import Lengths as GivenLengths
 from .schema import ColumnSchema, Json, PartDocument
@@ -40,7 +40,7 @@ class RunWriter:
     """Writes a run, one append at a time.
 
     Args:
-        path: the run's folder, by custom `NAME.zarr`.
+        path: the run's folder, by custom `NAME.zarr`, or `s3://bucket/path`.
         mode: `create` refuses a path that exists; `resume` continues the run (or starts it, if there is none), adding examples, or
             columns to examples it has; `overwrite` renames an existing run aside and starts a new one. Nothing is written, or
             renamed, before the first append; but `resume` seals at once what other sessions have left open, so that a writer
@@ -56,6 +56,7 @@ class RunWriter:
             of the thread is raised by the next call.
         commit_seconds: commit at the first append after this time, even where that rewrites much.
         commit_bytes: commit after so many bytes, whatever that costs; None for no such limit.
+        storage_options: of an object store, what its environment does not say: see docs/object_storage.md.
 
     >>> with RunWriter("written.zarr") as writer:
     ...     states = [np.ones((3, 2), np.float16), np.zeros((5, 2), np.float16)]
@@ -65,7 +66,8 @@ class RunWriter:
     (True, 2)
 
     Raises:
-        RunExistsError, NotARunError, SchemaError (resuming what was recorded from something else).
+        RunExistsError, NotARunError, SchemaError (resuming what was recorded from something else). With the first append,
+        UnsafePlaceError: an object store that cannot keep two writers apart.
     """
 
     def __init__(
@@ -83,10 +85,11 @@ class RunWriter:
         background: bool = False,
         commit_seconds: float = cadence.SLOWEST,
         commit_bytes: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path).absolute()  # the working directory may change while the writer lives
         codecs.check(compress)
-        self._place = LocalPlace(self.path, durability)
+        self._place = place_at(path, durability=durability, storage_options=storage_options)
+        self.path = self._place.root
         self._mode = mode
         self._session, self._rank, self._world_size = session or uuid.uuid4().hex, rank, world_size
         self._run, self._started = runs.document_for(self._place, mode, self._session, dict(about or {}))
@@ -221,7 +224,7 @@ class RunWriter:
         """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
         waiting = 0 if self._background is None else self._background.waiting
         needed, free = nbytes + waiting + self._parts.held_bytes + RESERVE, self._place.free()
-        if needed > free:
+        if free is not None and needed > free:
             raise DiskShortError(
                 f"{what} needs about {needed / 1e9:,.3f} GB with what is buffered, but the disk of {self.path} has "
                 f"{free / 1e9:,.3f} GB free. What was recorded so far is kept: free some space and go on with mode='resume'; or "

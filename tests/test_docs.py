@@ -25,10 +25,14 @@ def code_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
     if page.name == "analyses.md":
         demo.record_sources(tmp_path / "run.zarr", demo.source_files(4, seed=0))
+    if page.name == "object_storage.md":
+        request.getfixturevalue("s3_environment")
     exec(compile(code_of(page), str(page), "exec"), {})
 
 

@@ -11,22 +11,23 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..dtypes import Array
-from .contract import Buffers
+from .contract import PARTIAL, Buffers, R, T, raw
+from .loaded import Loaded
 
 Durability = Literal["fsync", "rename"]
-PARTIAL = ".partial"
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 _BUFFERS_PER_CALL = 1024  # IOV_MAX on Linux and macOS
 
 
 class LocalPlace:
     """A run's folder."""
+
+    fetched = 0
 
     def __init__(self, root: Path, durability: Durability = "fsync") -> None:
         if durability not in ("fsync", "rename"):
@@ -76,12 +77,12 @@ class LocalPlace:
         there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
         return shutil.disk_usage(there).free
 
-    def view(self, path: str, *, stays: bool) -> Any:
+    def view(self, path: str, *, expected: int, stays: bool) -> Loaded:
         """A memory map where the object stays as it is, else its bytes."""
-        if not stays:
-            return self.read(path)
+        if not stays or not self.size(path):  # an empty file cannot be mapped
+            return Loaded(self.read(path))
         with (self.root / path).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return Loaded(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def names(self, path: str) -> list[str]:
         """The names directly below a folder, sorted, without unfinished ones."""
@@ -94,6 +95,10 @@ class LocalPlace:
         folder = self.root / path
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if _UNFINISHED.fullmatch(name))
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """What a function gives for each item, one after another: a disk answers at once."""
+        return [function(item) for item in items]
 
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:
@@ -123,15 +128,11 @@ class LocalPlace:
 def _write(path: Path, buffers: Buffers, *, sync: bool) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _write_all(handle, [_view(buffer) for buffer in buffers if len(buffer)])
+        _write_all(handle, raw(buffers))
         if sync:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _view(buffer: Array | bytes) -> memoryview:
-    return (memoryview(buffer) if isinstance(buffer, bytes) else buffer.data).cast("B")
 
 
 def _write_all(handle: int, views: list[memoryview]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from s3_server import BUCKET
+from strategies import same_bits
 
 from tensortape.app import cli
 from tensortape.app.show import printable
@@ -153,6 +155,24 @@ def test_lines_and_jsonl_are_examples_of_their_own(call: Call, tmp_path: Path) -
     )
     assert found.code == 0
     assert open_run(tmp_path / "run.zarr").ids == ["a.txt:1", "a.txt:3", "b.jsonl:1", "b.jsonl:2"]
+
+
+def test_a_recording_on_s3_is_the_one_in_a_folder(call: Call, folder: Path, s3_environment: None) -> None:
+    """Recorded, shown and verified where it is; every value is bit for bit that of the same recording in a folder."""
+    url = f"s3://{BUCKET}/cli/run.zarr"
+    words = ("record", "--model", "demo", "--text", folder / "texts", "--sites", "resid_post[0:2]", "--to", url)
+    assert call(*words).code == 0
+    assert f"{url}: 3 examples" in call("info", url).out
+    assert call("head", url, "--json").out == call("head", folder / "run.zarr", "--json").out
+    assert call("verify", url).code == 0
+    local, remote = open_run(folder / "run.zarr"), open_run(url)
+    assert (remote.ids, remote.assets) == (local.ids, local.assets)
+    for table in local.tables.values():
+        for column in table.values():
+            found, expected = remote.tables[table.name][column.name.partition("/")[2]].rows(), column.rows()
+            assert np.array_equal(found, expected) if expected.dtype == object else same_bits(found, expected)
+    again = call(*words)
+    assert (again.code, "mode='resume' to continue it" in again.err) == (2, True)
 
 
 def test_tokens_cannot_write_to_the_terminal() -> None:

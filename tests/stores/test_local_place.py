@@ -1,4 +1,4 @@
-"""The local folder keeps the contract of a place: objects appear whole or not at all, and are never changed in place."""
+"""The local folder keeps the contract of a place, and what only a folder promises."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places_contract import PlaceContract
 from strategies import files_below
 
 from tensortape.stores.places import LocalPlace
@@ -20,63 +21,19 @@ def place(tmp_path, request):
     return LocalPlace(tmp_path, request.param)
 
 
-def test_what_is_created_can_be_read(place):
-    place.create("a/b/c", [b"one", np.array([2, 3], "<u2"), b"", b"four"])
-    place.settle()
-    assert place.read("a/b/c") == b"one\x02\x00\x03\x00four"
-    assert place.size("a/b/c") == 11
-    assert bytes(place.view("a/b/c", stays=True)) == bytes(place.view("a/b/c", stays=False)) == place.read("a/b/c")
-
-
-def test_create_never_replaces(place):
-    place.create("a", [b"first"])
-    with pytest.raises(FileExistsError):
-        place.create("a", [b"second"])
-    assert files_below(place.root) == {"a": b"first"}
-
-
-def test_replace_writes_new_objects_and_puts_others_in_place_of_old_ones(place):
-    place.replace("a", [b"first"])
-    place.replace("a", [b"second"])
-    assert files_below(place.root) == {"a": b"second"}
+class TestContract(PlaceContract):
+    """For both durabilities."""
 
 
 def test_replace_never_touches_the_old_bytes(place):
     """Who has opened or mapped the old object keeps it: a new file takes its name."""
     place.replace("a", [b"first"])
-    mapped = place.view("a", stays=True)
+    mapped = place.view("a", expected=5, stays=True)
     before = (place.root / "a").stat().st_ino
     place.replace("a", [b"SECOND, and longer"])
-    assert bytes(mapped) == b"first"
+    assert mapped.content.tobytes() == b"first"
     assert (place.root / "a").stat().st_ino != before
     assert place.read("a") == b"SECOND, and longer"
-
-
-def test_an_object_may_be_empty(place):
-    place.create("a", [])
-    place.replace("b", [b"", np.empty((0, 3))])
-    assert (place.read("a"), place.read("b")) == (b"", b"")
-
-
-class Unreadable:
-    """A buffer that fails when it is about to be written."""
-
-    def __len__(self) -> int:
-        return 1
-
-    @property
-    def data(self) -> memoryview:
-        raise OSError("no more space")
-
-
-@pytest.mark.parametrize("method", ["create", "replace"])
-def test_a_failure_while_writing_leaves_nothing_behind(place, method):
-    """Neither the object nor its unfinished file; an object that was there stays as it was."""
-    place.create("there", [b"old"])
-    for name in ("new", "there"):
-        with pytest.raises(OSError, match="no more space"):
-            getattr(place, method)(name, [b"x", Unreadable()])
-    assert files_below(place.root) == {"there": b"old"}
 
 
 def test_a_refused_create_leaves_no_unfinished_file(place):
@@ -91,24 +48,6 @@ def test_a_folder_in_the_way_of_an_object_is_an_error_without_rest(place):
     with pytest.raises(OSError, match="a"):
         place.replace("a", [b"y"])
     assert files_below(place.root) == {"a/b": b"x"}
-
-
-def test_names_are_sorted_and_without_unfinished_ones(place):
-    for name in ("f/b", "f/a", "f/10", "f/2", "f/deeper/x"):
-        place.create(name, [b""])
-    (place.root / "f" / ".c.0.d41d8cd9.partial").write_bytes(b"half")
-    assert place.names("f") == ["10", "2", "a", "b", "deeper"]
-
-
-def test_there_are_no_names_where_there_is_no_folder(place):
-    place.create("file", [b""])
-    assert place.names("nowhere") == place.names("file") == []
-
-
-@pytest.mark.parametrize("method", ["read", "size"])
-def test_an_object_that_is_not_there_is_file_not_found(place, method):
-    with pytest.raises(FileNotFoundError):
-        getattr(place, method)("nowhere")
 
 
 @pytest.mark.parametrize("count", [1023, 1024, 1025, 5000])
@@ -137,11 +76,6 @@ def test_buffers_are_written_one_after_another(tmp_path_factory, drawn):
     buffers = [part if isinstance(part, bytes) else np.array(part, "<i4") for part in drawn]
     place.create("a", buffers)
     assert place.read("a") == b"".join(bytes(part) if isinstance(part, bytes) else part.tobytes() for part in buffers)
-
-
-def test_long_names_do_not_make_temporary_names_too_long(place):
-    place.replace("x" * 200, [b"1"])
-    assert place.names("") == ["x" * 200]
 
 
 def test_an_unknown_durability_is_refused_with_those_there_are(tmp_path):

@@ -67,7 +67,7 @@ class LoggedPlace(LocalPlace):
 def write(path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> tuple[LoggedPlace, list[int]]:
     """Six examples in two commits, until writing stops. Returns the place and the examples whose commit returned."""
     place = LoggedPlace(path, stop_at=stop_at)
-    monkeypatch.setattr(writer_module, "LocalPlace", lambda *_: place)
+    monkeypatch.setattr(writer_module, "place_at", lambda *_, **__: place)
     writer, acknowledged = RunWriter(path), []
     with suppress(Stopped), small_chunks(shard_bytes=256):
         for number in range(6):

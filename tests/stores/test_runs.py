@@ -91,7 +91,7 @@ def test_what_is_no_run_is_not_opened(tmp_path, name):
 
 
 def test_a_path_with_nothing_is_not_opened(path):
-    with pytest.raises(NotARunError, match="there is no such folder"):
+    with pytest.raises(NotARunError, match="there is no folder with anything in it"):
         open_run(path)
     assert not path.exists()
 

@@ -37,6 +37,7 @@ def write_and_read() -> tuple[Column, ProbeReport]:
     with RunWriter("run.zarr", durability="rename") as writer:
         writer.append(ids=["a"], columns={"token/h": [np.zeros((3, 4), np.float32)]})
     run = open_run("run.zarr", verify="touch")
+    open_run("s3://bucket/run.zarr", cache_bytes=1 << 30, storage_options={"region": "us-east-1"})
     columns: list[Column] = run.select("resid_post[0:4]")
     tensor: torch.Tensor = columns[0].to_torch()
     assert run["token/h"].shape == (3, 4) or tensor.ndim
