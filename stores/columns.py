@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -146,6 +146,10 @@ class Column:
         """All rows in order, at most `rows` at a time; no copy where a block lies within one chunk."""
         for start in range(0, len(self), rows):
             yield self._contiguous(start, min(start + rows, len(self)))
+
+    def several(self, slices: Sequence[slice]) -> list[Array]:
+        """`rows` of several slices; those that have to be fetched come at the same time."""
+        return self._holders[0].cache.each(self.rows, slices)
 
     def edges(self, unit: Literal["chunk", "shard"]) -> Array:
         """First rows of the stretches that lie in one chunk (or shard) of one part each, then the number of rows; int64."""

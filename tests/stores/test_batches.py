@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import BUCKET
+from s3_server import options as object_storage
 from strategies import random_values, same_bits, seeds, small_chunks, writer_at
 
-from tensortape.stores import Run, open_run
+from tensortape.stores import Run, RunWriter, open_run
 from tensortape.stores import batches as batching
 from tensortape.stores.batches import Batches
 from tensortape.stores.errors import MissingExampleError, NotARunError, SchemaError, UnknownColumnError
@@ -390,6 +392,25 @@ def test_tensors_have_the_bits_and_the_dtype_that_were_recorded(tmp_path, dtype)
     assert same_bits(found.view({1: torch.uint8, 2: torch.int16}[width]).numpy().view(f"u{width}"), values)
     if dtype == "bfloat16":
         assert values.dtype == ml_dtypes.bfloat16
+
+
+# Far away.
+
+
+def test_batches_of_a_run_on_object_storage_are_those_of_its_copy(s3, tmp_path):
+    """Also after pickling. Blocks are fetched several at a time."""
+    rows = np.random.default_rng(0).normal(size=(211, 7)).astype(np.float32)
+    given = {"token/h": [rows[:97], rows[97:]]}
+    url = f"s3://{BUCKET}/{tmp_path.name}/run.zarr"
+    for place, options in ((tmp_path / "run.zarr", {}), (url, {"storage_options": object_storage(s3)})):
+        with small_chunks(), RunWriter(place, **options) as writer:
+            writer.append(ids=["a", "b"], columns=given)
+    far = open_run(url, storage_options=object_storage(s3))
+    near = open_run(tmp_path / "run.zarr")
+    expected = list(near.batches("token/h", 20, buffer_rows=60))
+    batches = pickle.loads(pickle.dumps(far.batches("token/h", 20, buffer_rows=60)))
+    assert all(map(same_bits, batches, expected))
+    assert same_bits(far["token/h"].to_dask().compute(scheduler="threads"), rows)
 
 
 # What is refused.
