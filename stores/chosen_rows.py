@@ -45,9 +45,8 @@ class ChosenRows:
         at = 0
         # A few at a time: what is not mapped is then hardly held twice, and numpy copies without returning to Python in between.
         for start in range(0, len(blocks), _AT_ONCE):
-            found = [
-                self.column.rows(span) for first, last in blocks[start : start + _AT_ONCE] for span in self._spans(first, last)
-            ]
+            spans = [span for first, last in blocks[start : start + _AT_ONCE] for span in self._spans(first, last)]
+            found = self.column.several(spans)
             rows = sum(map(len, found))
             np.concatenate(found, out=out[at : at + rows])
             at += rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -147,6 +147,10 @@ class Column:
         for start in range(0, len(self), rows):
             yield self._contiguous(start, min(start + rows, len(self)))
 
+    def several(self, slices: Sequence[slice]) -> list[Array]:
+        """`rows` of several slices; those that have to be fetched come at the same time."""
+        return self._holders[0].cache.each(self.rows, slices)
+
     def edges(self, unit: Literal["chunk", "shard"]) -> Array:
         """First rows of the stretches that lie in one chunk (or shard) of one part each, then the number of rows; int64."""
         first, part, begin = self._segments
@@ -205,7 +209,7 @@ class Column:
         for number, part in enumerate(self._parts):
             if part in self._holders:
                 arrays = self._column_of(number).arrays
-                grid = arrays["end" if "end" in arrays else "values"].grid
+                grid = arrays.get("end", next(iter(arrays.values()))).grid  # every other array has one row per row of the column
                 rows[number] = (grid.chunk if unit == "chunk" else grid.shard)[0]
         return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -124,6 +124,10 @@ class ReducedColumn(Column):
         """All rows in order, at most `rows` at a time."""
         for start in range(0, len(self), rows):
             yield self.rows(slice(start, start + rows))
+
+    def several(self, slices: Sequence[slice]) -> list[Array]:
+        """`rows` of several slices."""
+        return [self.rows(one) for one in slices]
 
     def edges(self, unit: Literal["chunk", "shard"]) -> Array:
         """An example lies where its first token does."""

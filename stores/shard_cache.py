@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from . import codecs
 from .commits import ShardRecord
@@ -16,6 +17,9 @@ from .part_state import attributes
 from .places import Place, View
 from .schema import RunDocument
 from .shards import Shard
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 MOST = 1024
 FETCHED_BYTES = 256 << 20
@@ -52,6 +56,10 @@ class ShardCache:
             if self._fetched != self._place.fetched:
                 self._close_some()
             return held[1]
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """What a function gives for each item; for several at the same time where shards have to be fetched."""
+        return self._place.each(function, items)
 
     def _close_some(self) -> None:
         """Give back what was fetched for the shards that have not been used for longest; not for the one that is used now."""

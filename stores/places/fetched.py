@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .object_store import ObjectPlace
 
 GAP = 256 << 10  # spans less than this apart come in one request: waiting for another one takes longer
+_COUNTING = threading.Lock()
 MOST = 16 << 20  # what one request brings, so that several at once bring a large span
 
 
@@ -33,8 +35,9 @@ class Fetched:
     def load(self, spans: Iterable[Span]) -> None:
         """Fetch spans, also those that are here already: whoever asks knows what it has asked for."""
         found = sum(self._place.each(self._bring, requests(spans)))
-        self.held += found
-        self._place.fetched += found
+        with _COUNTING:  # several threads may read at once
+            self.held += found
+            self._place.fetched += found
 
     def _bring(self, spans: list[Span]) -> int:
         """Only what was asked for is written: bytes between the spans may have been checked, and be in use."""

@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import BUCKET
+from s3_server import options as object_storage
 from strategies import random_values, same_bits, seeds, small_chunks, writer_at
 
-from tensortape.stores import Run, open_run
+from tensortape.stores import Run, RunWriter, open_run
 from tensortape.stores import batches as batching
 from tensortape.stores.batches import Batches
 from tensortape.stores.errors import MissingExampleError, NotARunError, SchemaError, UnknownColumnError
@@ -162,6 +164,29 @@ def test_columns_of_the_example_table_and_reduced_ones(run):
     assert sorted(found.tolist()) == [0, 0, 1, 1, 2, 3]
     means = np.concatenate(list(run.batches("token/h|last", 4, shuffle=False)))
     assert same_bits(means, run["token/h|last"].rows())
+
+
+@pytest.fixture(scope="module", params=[{"compress": "lz4"}, {"quantize": "int8"}, {"quantize": "int8", "compress": "zstd"}])
+def smaller(tmp_path_factory, request) -> Run:
+    """`token/h` compressed or in few bits, in two parts, beside the number of each row."""
+    path, rng, rows = tmp_path_factory.mktemp("smaller") / "run.zarr", np.random.default_rng(0), iter(range(1000))
+    for ids in (range(4), range(4, 7)):
+        with small_chunks(), writer_at(path, "resume") as writer:
+            writer.describe("token/h", **request.param)
+            values = [rng.normal(size=(id_ * 5 + 3, 7)).astype(ml_dtypes.bfloat16) for id_ in ids]
+            counted = [[next(rows) for _ in value] for value in values]
+            writer.append(ids=list(ids), columns={"token/h": values, "token/row": counted})
+    return open_run(path)
+
+
+def test_compressed_and_quantised_columns_are_read_alike(smaller):
+    found = list(smaller.batches(["token/h", "token/row"], 11, buffer_rows=33))
+    numbers = np.concatenate([one["token/row"] for one in found])
+    assert sorted(numbers.tolist()) == list(range(126))
+    assert same_bits(np.concatenate([one["token/h"] for one in found]), smaller["token/h"].rows()[numbers])
+    again = pickle.loads(pickle.dumps(open_run(smaller.path).batches("token/h", 50, shuffle=False)))
+    assert same_bits(np.concatenate(list(again)), smaller["token/h"].rows())
+    assert same_bits(smaller["token/h"].to_dask().compute(scheduler="sync"), smaller["token/h"].rows())
 
 
 def test_the_last_batch_may_be_dropped(run):
@@ -367,6 +392,25 @@ def test_tensors_have_the_bits_and_the_dtype_that_were_recorded(tmp_path, dtype)
     assert same_bits(found.view({1: torch.uint8, 2: torch.int16}[width]).numpy().view(f"u{width}"), values)
     if dtype == "bfloat16":
         assert values.dtype == ml_dtypes.bfloat16
+
+
+# Far away.
+
+
+def test_batches_of_a_run_on_object_storage_are_those_of_its_copy(s3, tmp_path):
+    """Also after pickling. Blocks are fetched several at a time."""
+    rows = np.random.default_rng(0).normal(size=(211, 7)).astype(np.float32)
+    given = {"token/h": [rows[:97], rows[97:]]}
+    url = f"s3://{BUCKET}/{tmp_path.name}/run.zarr"
+    for place, options in ((tmp_path / "run.zarr", {}), (url, {"storage_options": object_storage(s3)})):
+        with small_chunks(), RunWriter(place, **options) as writer:
+            writer.append(ids=["a", "b"], columns=given)
+    far = open_run(url, storage_options=object_storage(s3))
+    near = open_run(tmp_path / "run.zarr")
+    expected = list(near.batches("token/h", 20, buffer_rows=60))
+    batches = pickle.loads(pickle.dumps(far.batches("token/h", 20, buffer_rows=60)))
+    assert all(map(same_bits, batches, expected))
+    assert same_bits(far["token/h"].to_dask().compute(scheduler="threads"), rows)
 
 
 # What is refused.
