@@ -41,9 +41,9 @@ def aliases_of(column: Column) -> list[Alias]:
 
 
 def is_companion(column: Column) -> bool:
-    """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
+    """Whether a column only goes with another of its site: a scale, a size, a check, a residual's norm, which keys a query sees."""
     site = column.site or {}
-    return str(site.get("reduce")).rpartition("|")[2] in ("scale", "size", "identity") or site.get("port") in FACT_PORTS
+    return str(site.get("reduce")).rpartition("|")[2] in ("scale", "size", "identity", "residual") or site.get("port") in FACT_PORTS
 
 
 def is_attention(column: Column) -> bool:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import runs, zarr_documents
+from . import projected, runs, zarr_documents
 from .errors import StoreError
 from .part_reader import ArrayReader, PartReader
 from .part_state import PartState, claimed_parts, read_part
 from .parts import group_folders
 from .places import LocalPlace, Place
-from .schema import Json
+from .schema import ColumnSchema, Json
 from .shard_cache import ShardCache
 
 
@@ -65,7 +65,7 @@ def verify_run(path: Path) -> Verification:
 def _path_in(error: Exception, otherwise: str) -> str:
     """The object an error's message begins with."""
     path, colon, _ = str(error).partition(":")
-    return path if colon and path.startswith("parts/") else otherwise
+    return path if colon and path.startswith(("parts/", "assets/")) else otherwise
 
 
 class _Checks:
@@ -89,10 +89,22 @@ class _Checks:
         reader = PartReader(state, self._cache)
         self._groups(name, state)
         for column in state.columns.values():
+            self._basis(reader, column)
             for role in column.arrays.values():
                 document = zarr_documents.array(column, role)
                 self._document(f"parts/{name}/{role.path}/zarr.json", document, reader.array(role).rows)
                 self._array(reader, role.path, reader.array(role))
+
+    def _basis(self, reader: PartReader, column: ColumnSchema) -> None:
+        """A column of coordinates is as good as its basis."""
+        if not (column.site or {}).get(projected.SITE):
+            return
+        try:
+            projected.read(self._place, *projected.said_of(column))
+        except (StoreError, OSError) as error:
+            path, array = _path_in(error, "assets"), column.arrays["values"]
+            ids = _ids(reader, array.path, 0, reader.array(array).rows)
+            self.damaged.append(Damage(path, str(error).removeprefix(f"{path}: "), *ids))
 
     def _groups(self, name: str, state: PartState) -> None:
         """The groups that a foreign reader needs to find the arrays below."""

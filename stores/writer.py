@@ -85,6 +85,11 @@ class RunWriter:
         """The run's identity; a new one after `overwrite`."""
         return self._run.uid
 
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Rows of each table appended so far."""
+        return self._part.rows
+
     def describe(
         self, column: str, *, axes: tuple[str, ...] | None = None, site: Json | None = None, attributes: Json | None = None
     ) -> None:
