@@ -28,6 +28,7 @@ def record(
     attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,
     sample_tokens: Annotated[float | None, typer.Option(help="Only this share of each example's tokens, at the sites.")] = None,
+    project: Annotated[int | None, typer.Option(help="Only so many principal components of each site.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text files or folders of them.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A Hugging Face data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
@@ -64,7 +65,7 @@ def record(
         tokenizer=tokenizer,
         ids=[id_ for id_, _ in found],
         to=to,
-        sites=differentiated.selection(loaded, sites, attention, gradients=gradients, sample_tokens=sample_tokens),
+        sites=differentiated.selection(loaded, sites, attention, gradients=gradients, sample_tokens=sample_tokens, project=project),
         targets=differentiated.next_token_loss(loaded) if gradients else None,
         batch_size=batch_size,
         batch_tokens=batch_tokens,
@@ -84,6 +85,7 @@ def plan(
     attention: Annotated[str, typer.Option(help="Attention of every layer: none, qk, weights, or auto for the smaller.")] = "none",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also gradients of each example's next-token loss.")] = False,
     sample_tokens: Annotated[float | None, typer.Option(help="Only this share of each example's tokens, at the sites.")] = None,
+    project: Annotated[int | None, typer.Option(help="Only so many principal components of each site.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
     dtype: Annotated[str, typer.Option(help="The dtype the model would be loaded in.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(help="Most positions per batch.")] = 4096,
@@ -107,7 +109,7 @@ def plan(
     plans = [
         planning.plan(
             built,
-            differentiated.selection(built, sites, kind, gradients=gradients, sample_tokens=sample_tokens),
+            differentiated.selection(built, sites, kind, gradients=gradients, sample_tokens=sample_tokens, project=project),
             int(tokens),
             max_length=max_length,
             batch_tokens=batch_tokens,

@@ -8,25 +8,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortape.instrument import Site
+from tensortape.instrument import PCA, Site
 from tensortape.instrument.sites import resolve
 
 ATTENTION = ("none", "qk", "weights", "auto")
 
 
 def selection(
-    model: nn.Module, sites: Sequence[str], attention: str, *, gradients: bool, sample_tokens: float | None = None
+    model: nn.Module,
+    sites: Sequence[str],
+    attention: str,
+    *,
+    gradients: bool,
+    sample_tokens: float | None = None,
+    project: int | None = None,
 ) -> list[Site]:
     """The sites asked for (`none` for none); with gradients, also the gradient at each, and what saliency is rebuilt from.
 
     Args:
-        sample_tokens: the share of each example's tokens that sites other than attention are recorded at, if not 1.
+        sample_tokens: the share of each example's tokens that is recorded at sites other than attention, if not all are.
+        project: the number of principal components that sites other than attention and gradients are recorded in, if any.
     """
     plain = [site for site in sites if site != "none"]
     taps = [tap for tap in resolve(model, plain) if not tap.site.is_attention] if plain and gradients else []
     graded = [f"{tap.path}{'' if tap.call is None else f'#{tap.call}'}:{tap.port}.grad" for tap in taps if not tap.site.is_gradient]
     attended = [] if attention == "none" else [Site("attention.grad" if gradients else "attention", store=attention)]  # type: ignore[arg-type]
-    return [*(Site(site, sample_tokens=sample_tokens) for site in (*plain, *graded)), *attended]
+    components = None if project is None else PCA(project)
+    values = [Site(site, sample_tokens=sample_tokens, project=components) for site in plain]
+    return [*values, *(Site(site, sample_tokens=sample_tokens) for site in graded), *attended]
 
 
 def check_attention(attention: str) -> None:

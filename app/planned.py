@@ -57,9 +57,11 @@ def planned(model: nn.Module, sites: Selection, tokens: int, length: int) -> tup
             writer.append(ids=rows.ids, columns=rows.columns, lengths=rows.lengths)
         part = open_run(path).parts[0]
         documents = sum(file.is_file() and not file.name.startswith("c.") for file in path.rglob("*"))
-    samples = {tap.options.sample for tap in resolve(model, sites)}
+    taps = resolve(model, sites)
+    samples = {tap.options.sample for tap in taps}
     shares = {sample.table("token"): sample.fraction for sample in samples if sample is not None}
-    return tuple(_scaled(part, tokens, length, shares)), documents
+    bases = {(tap.site, tap.options.project.k) for tap in taps if tap.options.project is not None}  # each in a file
+    return tuple(_scaled(part, tokens, length, shares)), documents + len(bases)
 
 
 def inputs(count: int, width: int) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from .draws import Draws
 from .errors import BatchError, ForwardError
 from .gradients import added, split_scale
 from .labels import label_columns
+from .residuals import split_residual
 from .rows import Rows
 from .sites import Tap
 from .steps import Key, Step, merged
@@ -159,6 +160,7 @@ class Batch:
                 )
             )
         found = merged(self.steps)
+        found.captures = {part.key: part for taken in found.captures.values() for part in split_residual(taken)}
         for taken in self._gradients.values():
             found.captures.update({part.key: part for part in split_scale(taken)})
         sizes = [size_of(taken) for taken in found.captures.values() if taken.keys is not None and not taken.site.is_gradient]

@@ -161,7 +161,8 @@ def capture(
     if stream is None and len(tensor) != examples:
         raise LayoutError(f"site {site} has one row per example, but gave {len(tensor)} rows for {examples} examples")
     kept = layout.rows(tensor, stream)
-    if tap.options.dtype is not None and not site.is_gradient:  # gradients are added up first, and scaled
+    if tap.options.dtype is not None and not site.is_gradient and tap.options.project is None:
+        # Gradients are added up first and scaled, and coordinates are computed from whole rows.
         kept = kept.to(getattr(torch, tap.options.dtype))
     lengths = None if stream is None else stream.lengths
     suffix: str | None = tap.options.reduce
@@ -170,12 +171,15 @@ def capture(
     if tap.options.positions is not None and lengths is not None:
         suffix = f"positions={','.join(map(str, tap.options.positions))}"
         kept, lengths = at_positions(kept, lengths, tap.options.positions), None
-    about: dict[str, Any] = {}
+    if tap.options.sample is not None and lengths is None:
+        raise LayoutError(f"site {site} has one row per example, so sample_tokens= has no tokens to draw from")
+    about, named = {}, [suffix]
+    if tap.options.project is not None:
+        about = {"projection": tap.options.project.said(str(site)), "computed": kept.dtype}
+        kept, named = tap.options.project.coordinates(str(site), kept), [tap.options.project.name]
     if tap.options.sample is not None:
-        if lengths is None:
-            raise LayoutError(f"site {site} has one row per example, so sample_tokens= has no tokens to draw from")
-        suffix, about["sample"] = tap.options.sample.name, tap.options.sample.to_json()
-    return Capture(tap, site, layout, kept, lengths, suffix, about=about)
+        about, named = {**about, "sample": tap.options.sample.to_json()}, [*named, tap.options.sample.name]
+    return Capture(tap, site, layout, kept, lengths, "|".join(filter(None, named)) or None, about=about)
 
 
 def _attention_of(stack: Stack, site: SiteName, *, cross: bool) -> Iterator[Alias]:

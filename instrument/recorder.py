@@ -16,6 +16,7 @@ from tensortape.stores import RunWriter, cadence, keys, layout
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
+from . import fitting
 from .anatomy import stacks
 from .batch import Batch, Given
 from .capture import Capture, Pins
@@ -28,6 +29,8 @@ from .sites import Selection, Tap, aliases_by_site, resolve
 from .steps import Key, Step
 from .taps import TapSet
 from .targets import Reduction, Target
+
+_SAID = ("attention", "scaled", "sample", "projection")  # of what a capture is about, what the run keeps
 
 
 class Recorder:
@@ -85,7 +88,8 @@ class Recorder:
     ) -> None:
         refuse_compiled(model, recompile=recompile)
         self._model = unwrapped(model)
-        self._taps = resolve(self._model, sites)
+        self._taps = resolve(self._model, fitting.resumed(fitting.items_of(sites), to) if mode == "resume" else sites)
+        fitting.refuse_unfitted(self._taps)
         self._pins = Pins(aliases_by_site(self._model), stacks(self._model))
         self._stays = is_compiled(model)
         self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
@@ -257,13 +261,18 @@ class Recorder:
             options = taken.tap.options
             smaller: dict[str, Any] = {} if taken.is_companion else {"compress": options.compress, "quantize": options.quantize}
             self.writer.describe(taken.column, site=self._described(taken), **smaller)
+            if "projection" in taken.about and options.project is not None:
+                basis = options.project.basis(str(taken.site))
+                self.writer.add_asset(basis.asset, basis.content)
             if options.missing == "absent":
                 self._known[taken.column] = rows.columns[taken.column][:0]
 
     def _described(self, taken: Capture) -> dict[str, Any]:
         site = taken.site
         aliases = self._pins.aliases_of(site, cross=bool(taken.about.get("cross")))
-        said: dict[str, Any] = {name: taken.about[name] for name in ("attention", "scaled", "sample") if name in taken.about}
+        said: dict[str, Any] = {
+            name: taken.about[name] for name in ("attention", "scaled", "sample", "projection") if name in taken.about
+        }
         return {
             "path": site.path,
             "port": site.port,

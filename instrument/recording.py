@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,23 +11,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from tensortape.stores import Run, layout, open_run
+from tensortape.stores import Run, RunWriter, layout, open_run
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
-from .batch import Batch
-from .corpus import Corpus, corpus
-from .differentiation import differentiate
-from .errors import BatchError
+from . import fitting
+from .corpus import corpus
 from .modules import unwrapped
 from .provenance import vocabulary
+from .reading import LoaderReading, Reading, TextReading, read, twice
 from .recorder import Recorder
 from .room import Room
 from .sites import Selection
 from .targets import Targets
-from .texts import Example, Overflow, batches, labels_of, pad_id, padded
+from .texts import Overflow
 
 BATCH_TOKENS = 4096
 
@@ -92,20 +89,22 @@ def record(
     Raises:
         DiskShortError: the first batch is recorded; `mode="resume"` goes on once there is room. Whatever `Recorder` raises.
     """
-    is_text = tokenizer is not None or _is_text(data)
-    texts = corpus(data, tokenizer, ids, labels or {}, max_length, overflow) if is_text else None
-    recorder = Recorder(
-        model,
-        sites=sites,
-        to=to,
-        mode=mode,
-        durability=durability,
-        memory_budget=memory_budget,
-        recompile=recompile,
-        session=session,
-        fingerprint={"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {},
-        storage_options=storage_options,
-    )
+    texts = corpus(data, tokenizer, ids, labels or {}, max_length, overflow) if tokenizer is not None or _is_text(data) else None
+    items = fitting.resumed(fitting.items_of(sites), to) if mode == "resume" else fitting.items_of(sites)
+    first, data = twice(data) if fitting.unfitted(items) else (data, data)
+
+    def reading(given: Any) -> Reading:
+        if texts is None:
+            return LoaderReading(model, given, ids, labels or {})
+        return TextReading(model, texts, isinstance(ids, str), batch_tokens, batch_size, keep_text)
+
+    settings: Any = {"memory_budget": memory_budget, "recompile": recompile}
+    shared: Any = {"session": session, "storage_options": storage_options}
+    if fitting.unfitted(items):
+        RunWriter(to, mode=mode, storage_options=storage_options).close()  # refuses a path before the first look, not after it
+        items = _with_components(items, model, reading(first), settings)
+    words = {"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {}
+    recorder = Recorder(model, sites=items, to=to, mode=mode, durability=durability, fingerprint=words, **settings, **shared)
     if recorder.has_gradients != bool(targets):
         raise ValueError(
             "sites with gradients need targets={'loss': function of (outputs, batch)} to differentiate"
@@ -113,112 +112,23 @@ def record(
             else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
         )
     with recorder, _inference(unwrapped(model)):
-        unknown = texts is not None and isinstance(ids, str) and len(recorder.writer.committed_ids) > 0  # which texts remain
-        room = Room(recorder.writer, due=check_disk and not unknown)
         if texts is not None:
-            groups = batches(texts.examples(), batch_tokens, batch_size)
             _keep_tokenizer(recorder, tokenizer)
-            _record_texts(recorder, model, texts, groups, ids, targets or {}, room, keep_text=keep_text, progress=progress)
-        else:
-            _record_loader(recorder, model, data, ids, labels or {}, targets or {}, room, progress=progress)
+        room = Room(recorder.writer, checked=check_disk)
+        read(reading(data), model, recorder, targets or {}, room=room, progress=progress)
     return open_run(to, storage_options=storage_options)
 
 
-def _record_texts(
-    recorder: Recorder,
-    model: nn.Module,
-    texts: Corpus,
-    groups: Iterator[list[Example]],
-    ids: Any,
-    targets: Targets,
-    room: Room,
-    *,
-    keep_text: bool,
-    progress: bool | None,
-) -> None:
-    device, pad, left = _device(model), pad_id(texts.tokenizer), texts.left(recorder.writer.committed_ids)
-    with _bar(progress, "token") as bar:
-        for group in groups:
-            given: Any = "content" if isinstance(ids, str) else [example.id for example in group]
-            with recorder.batch(ids=given, labels=labels_of(group, keep_text=keep_text)) as batch:
-                if batch.recorded:
-                    inputs = padded(group, pad, device)
-                    _forward(recorder, batch, model, inputs, targets, inputs)
-            tokens = sum(len(example.tokens) for example in group)
-            if batch.recorded and room.due and tokens:
-                room.check(tokens, texts.expected_tokens(left, group) - tokens)
-            bar.update(tokens)
-
-
-def _record_loader(
-    recorder: Recorder,
-    model: nn.Module,
-    data: Any,
-    ids: Any,
-    labels: Mapping[str, str],
-    targets: Targets,
-    room: Room,
-    *,
-    progress: bool | None,
-) -> None:
-    if not isinstance(ids, str):
-        raise BatchError("ids are missing: name the key of the loader's dicts that holds them (ids='id'), or pass ids='content'")
-    device, taken = _device(model), _parameters(model)
-    number, total = 0, _length(data)
-    with _bar(progress, "batch", total=total) as bar:
-        for number, entries in enumerate(data, start=1):
-            if not isinstance(entries, Mapping):
-                raise BatchError(f"a loader must give dicts of the model's arguments; got {type(entries).__name__}")
-            named = {name: _entry(entries, key) for name, key in labels.items()}
-            withheld = {ids, *labels.values()} - taken
-            moved = {key: _moved(value, device) for key, value in entries.items()}
-            inputs = {key: value for key, value in moved.items() if key not in withheld}
-            with recorder.batch(ids=ids if ids == "content" else _entry(entries, ids), labels=named) as batch:
-                if batch.recorded:
-                    _forward(recorder, batch, model, inputs, targets, moved)
-            if batch.recorded and room.due and total is not None:
-                room.check(1, total - number)
-            bar.update()
-    if not number:
-        raise BatchError("there is nothing to record: the loader gave no batch")
-
-
-def _forward(
-    recorder: Recorder, batch: Batch, model: nn.Module, inputs: Mapping[str, Any], targets: Targets, entries: Mapping[str, Any]
-) -> None:
-    if targets:
-        differentiate(recorder, batch, model, inputs, targets, entries)
-    else:
-        model(**inputs)
-
-
-def _length(data: Any) -> int | None:
-    """Number of batches where the loader knows it; one over a stream has a length only in name."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-def _entry(entries: Mapping[str, Any], key: str) -> Any:
-    if key not in entries:
-        raise BatchError(f"the loader's dicts have no key {key!r}; they have {', '.join(map(str, entries))}")
-    return entries[key]
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(unwrapped(model).forward).parameters)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where batches go: the device of the input embedding (with layers on several devices, the first)."""
-    embedding = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
-    source = embedding if isinstance(embedding, nn.Module) else model
-    return next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+def _with_components(items: fitting.Items, model: nn.Module, reading: Reading, settings: Any) -> fitting.Items:
+    """Sites with principal components, fitted on a first look: whole rows of the first batches, in a run that is deleted again."""
+    sites = fitting.unfitted(items)
+    most = max(site.project.fit_tokens for site in sites if site.project is not None)
+    with TemporaryDirectory(prefix="tensortape-first-look-") as folder:
+        path = Path(folder) / "run.zarr"
+        recorder = Recorder(model, sites=fitting.whole(sites), to=path, durability="rename", **settings)
+        with recorder, _inference(unwrapped(model)):
+            read(reading, model, recorder, {}, room=Room(recorder.writer, checked=False), progress=False, most=most)
+        return fitting.fitted_on(open_run(path), items)
 
 
 def _is_text(data: Any) -> bool:
@@ -231,11 +141,6 @@ def _keep_tokenizer(recorder: Recorder, tokenizer: Any) -> None:
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 recorder.writer.add_asset(f"tokenizer.{path.name}", path.read_bytes())
-
-
-def _bar(progress: bool | None, unit: str, total: int | None = None) -> Any:
-    """A progress bar; None lets tqdm show it on a terminal only."""
-    return tqdm(total=total, unit=unit, unit_scale=unit == "token", disable=None if progress is None else not progress)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ columns are decided by the very code that decides them later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from .anatomy import stacks
 from .batch import Batch, Given
 from .capture import Pins
 from .errors import InstrumentError, UnsupportedModelError
+from .fitting import items_of
+from .pca import PCA
 from .rows import Rows
-from .sites import Selection, Tap, aliases_by_site, resolve
+from .sites import Selection, Site, Tap, aliases_by_site, resolve
 from .taps import TapSet
 from .targets import Target
 
@@ -38,7 +41,7 @@ def rehearse(
     Raises:
         SiteNotFoundError, LayoutError. UnsupportedModelError: the forward needs values, not only shapes.
     """
-    taps = resolve(model, sites)
+    taps = resolve(model, [_rehearsed(item) for item in items_of(sites)])
     batch = Batch(Given(ids, labels), model, Pins(aliases_by_site(model), stacks(model)))
     shown = _Zeros(model, taps)
     with shown, shown.sending_to(batch):
@@ -50,6 +53,22 @@ def rehearse(
     found = batch.whole()
     batch.check(found, taps, None)
     return batch.rows(found, {})
+
+
+class _AnyPCA(PCA):
+    """Components that are not fitted, and of whatever a site gives: all coordinates are zero."""
+
+    def coordinates(self, site: str, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k + 1] zeros."""
+        return torch.zeros(len(rows), self.k + 1)
+
+    def said(self, site: str) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+def _rehearsed(item: Any) -> Any:
+    return replace(item, project=_AnyPCA(item.project.k)) if isinstance(item, Site) and item.project is not None else item
 
 
 class _Zeros(TapSet):

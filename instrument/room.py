@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tensortape.stores import RunWriter
 
 
@@ -10,14 +12,17 @@ class Room:
 
     Args:
         writer: of the recording.
-        due: whether to do so.
+        checked: whether to do so.
     """
 
-    def __init__(self, writer: RunWriter, *, due: bool) -> None:
-        self.due = due
+    def __init__(self, writer: RunWriter, *, checked: bool = True) -> None:
         self._writer = writer
+        self._due = checked
 
-    def check(self, done: float, left: float) -> None:
+    def check(self, done: int, left: Callable[[], float | None]) -> None:
         """DiskShortError unless the disk has room for what is `left`, in the unit that `done` counts what was recorded in."""
-        self.due = False
-        self._writer.check_disk(int(self._writer.appended_bytes * max(left, 0) / done), "the rest of this recording")
+        if not self._due or not done:
+            return
+        self._due = False
+        rest = self._writer.appended_bytes * max(left() or 0, 0) / done
+        self._writer.check_disk(int(rest), "the rest of this recording")

@@ -21,6 +21,7 @@ from .anatomy import aliased_sites, stacks
 from .errors import SiteNotFoundError
 from .layouts import Layout
 from .modules import all_names, named
+from .pca import PCA
 from .reduce import REDUCTIONS
 from .sampling import Sample
 
@@ -46,6 +47,8 @@ class Site:
         sample_tokens: store only this share of each example's tokens, in a table of their own; see `Sample`. Sites with the same
             share and seed have the same tokens. The column is named `<site>|sample<share>.seed<seed>`.
         sample_seed: another seed draws other tokens.
+        project: store coordinates in the site's first k principal components (`PCA(k)`) and the norm of the rest instead of whole
+            rows. The columns are named `<site>|pca<k>` and `<site>|pca<k>|residual`.
         missing: `error` if the module does not run in some batch, or `absent`: the column then has a table of its own in which such
             examples own no rows.
         store: of `attention`, what to keep: `qk` (queries and keys; the weights themselves only where they cannot be rebuilt from
@@ -69,6 +72,7 @@ class Site:
     sample_seed: int = 0
     compress: str | None = None
     quantize: str | None = None
+    project: PCA | None = None
 
     def __post_init__(self) -> None:
         self.pinned_layout, self.sample  # noqa: B018 - refuse an unknown layout, and no share, where they are written
@@ -81,14 +85,8 @@ class Site:
             raise ValueError(f"store is 'qk', 'weights' or 'auto', not {self.store!r}")
         if (self.queries is not None or self.keys is not None) and not self._is_of_weights:
             raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
-        if self.positions is not None and (self.reduce is not None or self._is_of_attention):
-            raise ValueError("positions= picks tokens of a module's input or output, and goes without reduce=")
-        whole = self.reduce is None and self.positions is None and self.missing == "error"
-        if self.sample_tokens is not None and (not whole or self._is_of_attention):
-            raise ValueError(
-                "sample_tokens= draws tokens of a module's input or output, and goes without reduce=, positions=, missing='absent'"
-            )
-        if self.missing == "absent" and self.dtype == "float16" and SiteName("", Pattern(self.pattern).port or "out").is_gradient:
+        self._check_rows()
+        if self.missing == "absent" and self.dtype == "float16" and self._is_of_gradient:
             raise ValueError(
                 "gradients in float16 have a scale per example, which missing='absent' leaves no place for; use bfloat16"
             )
@@ -99,6 +97,18 @@ class Site:
         if self.missing not in ("error", "absent"):
             raise ValueError(f"missing is 'error' or 'absent', not {self.missing!r}")
 
+    def _check_rows(self) -> None:
+        """ValueError for ways to choose or shorten rows that do not go together."""
+        if self.positions is not None and (self.reduce is not None or self._is_of_attention):
+            raise ValueError("positions= picks tokens of a module's input or output, and goes without reduce=")
+        whole = self.reduce is None and self.positions is None and not self._is_of_attention
+        if self.sample_tokens is not None and (not whole or self.missing == "absent"):
+            raise ValueError(
+                "sample_tokens= draws tokens of a module's input or output, and goes without reduce=, positions=, missing='absent'"
+            )
+        if self.project is not None and (not whole or self._is_of_gradient):
+            raise ValueError("project= is for a module's input or output, and goes without reduce= and positions=")
+
     @property
     def sample(self) -> Sample | None:
         """The tokens asked for, where not all are."""
@@ -108,6 +118,10 @@ class Site:
     def _is_of_attention(self) -> bool:
         pattern = Pattern(self.pattern)
         return pattern.is_attention or SiteName("", pattern.port or "out").is_attention
+
+    @property
+    def _is_of_gradient(self) -> bool:
+        return SiteName("", Pattern(self.pattern).port or "out").is_gradient
 
     @property
     def _is_of_weights(self) -> bool:
@@ -150,7 +164,7 @@ class Tap:
         """What was asked for, in the words that recorded columns keep."""
         plain = Site(self.options.pattern, compress=self.options.compress, quantize=self.options.quantize)  # not what, but how
         options = {name: value for name, value in vars(self.options).items() if value != getattr(plain, name)}
-        return json.dumps([self.path, self.port, self.call, self.cross, options], default=list)
+        return json.dumps([self.path, self.port, self.call, self.cross, options], default=repr)
 
     def covers(self, path: str, call: int) -> bool:
         """Whether an attention call of this module is one of those asked for."""
@@ -276,33 +290,27 @@ def _tuple(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(numbers)
 
 
+def _rows_of(options: Site) -> tuple[Any, ...]:
+    """What tells several columns of one site apart."""
+    chosen = (_tuple(numbers) for numbers in (options.queries, options.keys, options.positions))
+    return (options.reduce, *chosen, options.sample, options.project and options.project.k)
+
+
 def _add(found: dict[tuple[Any, ...], Tap], tap: Tap) -> None:
-    options = tap.options
-    key = (
-        tap.path,
-        tap.port,
-        tap.call,
-        options.reduce,
-        tap.cross,
-        _tuple(options.queries),
-        _tuple(options.keys),
-        _tuple(options.positions),
-        options.sample,
-    )
-    earlier = found.setdefault(key, tap)
+    earlier = found.setdefault((tap.path, tap.port, tap.call, tap.cross, _rows_of(tap.options)), tap)
     _agree(earlier, tap)
 
 
 def _check_calls(taps: list[Tap]) -> None:
     """A single call that is also selected with all calls must agree with them on its options."""
-    every = {(tap.path, tap.port, tap.options.reduce): tap for tap in taps if tap.call is None}
+    every = {(tap.path, tap.port, _rows_of(tap.options)): tap for tap in taps if tap.call is None}
     for tap in taps:
-        whole = every.get((tap.path, tap.port, tap.options.reduce), tap)
+        whole = every.get((tap.path, tap.port, _rows_of(tap.options)), tap)
         _agree(whole, tap)
 
 
 def _agree(one: Tap, other: Tap) -> None:
-    names = ("layout", "dtype", "missing", "store", "compress", "quantize")
+    names = ("layout", "dtype", "missing", "store", "compress", "quantize", "project")
     if any(getattr(one.options, name) != getattr(other.options, name) for name in names):
         name = other.name(other.call or 1)
         raise ValueError(f"site {name} is selected twice with different options: {one.options} and {other.options}")

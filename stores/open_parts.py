@@ -42,6 +42,12 @@ class OpenParts:
         return any(part.state is not None for part in self._parts.values())
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Rows of each table in all parts, written or not."""
+        tables = {table for part in self._parts.values() for table in part.ahead}
+        return {table: sum(part.ahead.get(table, 0) for part in self._parts.values()) for table in tables}
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that the next commit writes as tails."""
         return sum(part.held_bytes for part in self._parts.values())

@@ -100,7 +100,7 @@ class Alias:
 
 def is_companion(port: str | None, reduce: str | None) -> bool:
     """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
-    return port in FACT_PORTS or str(reduce).rpartition("|")[2] in ("scale", "size", "identity")
+    return port in FACT_PORTS or str(reduce).rpartition("|")[2] in ("scale", "size", "identity", "residual")
 
 
 def parse_site(text: str) -> SiteName:

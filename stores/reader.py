@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import extension, names, runs, selection
+from . import extension, names, projected, runs, selection
 from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .batches import Batches
 from .columns import Column, Table
@@ -21,6 +21,7 @@ from .part_reader import PartReader
 from .part_state import PartState, read_parts
 from .patterns import Alias, Pattern
 from .places import Place, place_at
+from .projected import ProjectedColumn
 from .reduced import KINDS, ReducedColumn
 from .scaled import ScaledColumn
 from .schema import Json
@@ -130,8 +131,10 @@ class Run:
         for name in dict.fromkeys(name for part in self._parts for name in part.state.columns):
             table, short = names.split(name)
             columns.setdefault(table, {})[short] = Column(name, self._parts, self._index)
-        for table, short in map(names.split, self._scaled_names):
+        for table, short in map(names.split, self._names_of("scaled")):
             columns[table][short] = self._scaled(columns[table][short], columns)
+        for table, short in map(names.split, self._names_of(projected.SITE)):
+            columns[table][short] = self._projected(columns[table][short], columns[table])
         return {table: Table(table, found, self._index) for table, found in columns.items()}
 
     @property
@@ -393,15 +396,19 @@ class Run:
         head = f"<Run {self.path}: {len(self)} examples, {self.nbytes / 1e6:.1f} MB, {commits} commits, {state}>"
         return "\n".join([head, *(f"  {self._described(table)}" for table in self.tables.values())])
 
-    @property
-    def _scaled_names(self) -> set[str]:
-        """Columns that are stored beside a scale in any part; parts that disagree on a column are no matter here."""
+    def _names_of(self, kind: str) -> set[str]:
+        """Columns whose site says this of them in any part; parts that disagree on a column are no matter here."""
         schemas = ((name, schema) for part in self._parts for name, schema in part.state.columns.items())
-        return {name for name, schema in schemas if (schema.site or {}).get("scaled")}
+        return {name for name, schema in schemas if (schema.site or {}).get(kind)}
 
     def _scaled(self, column: Column, columns: dict[str, dict[str, Column]]) -> ScaledColumn:
         found = ScaledColumn(column.name, self._parts, self._index)
         found.scale = columns["example"][f"{names.split(column.name)[1]}|scale"]
+        return found
+
+    def _projected(self, column: Column, beside: dict[str, Column]) -> ProjectedColumn:
+        found = ProjectedColumn(column.name, self._parts, self._index)
+        found.place, found.beside = self._place, beside
         return found
 
     def _described(self, table: Table) -> str:

@@ -42,7 +42,7 @@ def aliases_of(column: Column) -> list[Alias]:
 
 
 def is_companion(column: Column) -> bool:
-    """Whether a column only goes with another of its site: a scale, a size, a check, which keys a query sees."""
+    """Whether a column only goes with another of its site: a scale, a size, a check, a residual's norm, which keys a query sees."""
     site = column.site or {}
     return grammar.is_companion(site.get("port"), site.get("reduce"))
 

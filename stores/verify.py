@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import commits, runs, zarr_documents
+from . import commits, projected, runs, zarr_documents
 from .dtypes import Array
 from .errors import NotARunError, StoreError
 from .part_reader import ArrayReader, PartReader
 from .part_state import PartState, claimed_parts, list_path, read_list, read_part
 from .parts import group_folders
 from .places import Place, place_at
-from .schema import Json
+from .schema import ColumnSchema, Json
 from .shard_cache import ShardCache
 
 OUTAGES = (ConnectionError, TimeoutError)  # of the place; they say nothing of the run
@@ -93,7 +93,7 @@ def verify_place(place: Place, *, quick: bool = False) -> Verification:
 def _path_in(error: Exception, otherwise: str) -> str:
     """The object an error's message begins with."""
     path, colon, _ = str(error).partition(":")
-    return path if colon and path.startswith("parts/") else otherwise
+    return path if colon and path.startswith(("parts/", "assets/")) else otherwise
 
 
 class _Checks:
@@ -139,6 +139,7 @@ class _Checks:
         reader = PartReader(state, ShardCache(self._place, run, verify=True))
         self._groups(name, state)
         for column in state.columns.values():
+            self._basis(reader, column)
             for role in column.arrays.values():
                 document = zarr_documents.array(column, role)
                 self._document(f"parts/{name}/{role.path}/zarr.json", document, reader.array(role).rows)
@@ -165,6 +166,18 @@ class _Checks:
                     read_list(self._place, path, listed)
                 except StoreError as error:
                     self._add(path, str(error).removeprefix(f"{path}: "))
+
+    def _basis(self, reader: PartReader, column: ColumnSchema) -> None:
+        """A column of coordinates is as good as its basis."""
+        if not (column.site or {}).get(projected.SITE):
+            return
+        try:
+            projected.read(self._place, *projected.said_of(column))
+        except (StoreError, OSError) as error:
+            path, array = _path_in(error, "assets"), column.arrays["values"]
+            examples = reader.examples_of(array.path, 0, reader.array(array).rows)
+            reason = str(error).removeprefix(f"{path}: ")
+            self.damaged.append(Damage(path, reason, *_ids(reader, examples), numbers=_ends(examples)))
 
     def _groups(self, name: str, state: PartState) -> None:
         """The groups that a foreign reader needs to find the arrays below."""

@@ -32,7 +32,18 @@ from .ragged import Lengths as GivenLengths
 from .schema import ColumnSchema, Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
-_SITE = ("path", "port", "call", "layout", "reduce", "target", "scaled")  # what must be the same for values to be comparable
+# What must be the same for values of one column to be comparable.
+_SITE = ("path", "port", "call", "layout", "reduce", "target", "scaled", "sample", "projection")
+    "path",
+    "port",
+    "call",
+    "layout",
+    "reduce",
+    "target",
+    "scaled",
+    "sample",
+    "projection",
+)  # what must be the same for values to be comparable
 RESERVE = 8 << 20  # bytes that a disk is left with
 
 
@@ -130,6 +141,11 @@ class RunWriter:
     def uid(self) -> str:
         """The run's identity; a new one after `overwrite`."""
         return self._run.uid
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Rows of each table appended so far."""
+        return self._parts.rows
 
     def describe(
         self,

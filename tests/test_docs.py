@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 
 from tensortape.app import demo, models
-from tensortape.instrument import record, recorder
+from tensortape.instrument import pca, record, recorder
 from tensortape.stores import patterns, reader, writer
 
 ROOT = Path(__file__).parents[1]
-MODULES_WITH_EXAMPLES = [writer, reader, patterns, recorder]
+MODULES_WITH_EXAMPLES = [writer, reader, patterns, recorder, pca]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 

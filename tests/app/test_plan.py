@@ -17,7 +17,7 @@ from tensortape.app.costs import Costs, Rates
 from tensortape.app.plan import Plan, duration, lines, plan, size
 from tensortape.instrument import Site, record
 from tensortape.instrument.errors import SiteNotFoundError, UnsupportedModelError
-from tensortape.stores import Run
+from tensortape.stores import Run, open_run
 from tensortape.stores.errors import BudgetError
 
 LENGTH = 16
@@ -228,3 +228,29 @@ def test_a_sample_of_tokens(call: Callable[..., str]) -> None:
     assert found["bytes_per_token"][f"{table}/model.layers.3:out|sample0.125.seed0"] == 512 / 8
     assert found["bytes_per_token"][f"{table}/input_ids"] == 1
     assert found["bytes_per_token"]["token/input_ids"] == 8
+
+
+def test_projections(call: Callable[..., str], tmp_path: Path) -> None:
+    """Seven coordinates and a norm per token and layer; and a file for each of the six bases, as in a recording."""
+    found = json.loads(call("--tokens", 8e5, "--project", 7, "--json"))
+    assert found["bytes_per_token"]["token/model.layers.3:out|pca7"] == 28
+    assert found["bytes_per_token"]["token/model.layers.3:out|pca7|residual"] == 4
+    plain = json.loads(call("--tokens", 8e5, "--json"))
+    assert found["documents"] == plain["documents"] + 6 + 6  # the residual's arrays, and the bases
+    (tmp_path / "a.txt").write_text(Path(cli.__file__).read_text()[:1500])
+    words = [
+        "--text",
+        tmp_path / "a.txt",
+        "--project",
+        7,
+        "--sample-tokens",
+        0.5,
+        "--to",
+        tmp_path / "run.zarr",
+        "--overflow",
+        "truncate",
+    ]
+    cli.app(["record", "--model", "demo", *map(str, words)], standalone_mode=False)
+    run = open_run(tmp_path / "run.zarr")
+    assert run["resid_post[3]"].name == "token.sample0.5.seed0/model.layers.3:out|pca7|sample0.5.seed0"
+    assert sum(name.startswith("basis.") for name in run.assets) == 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tensortape.analyses import ProbeReport, fit_probes
-from tensortape.instrument import Recorder, Site, record
+from tensortape.instrument import PCA, Recorder, Site, record
 from tensortape.stores import Column, Run, RunWriter, open_run
 
 
@@ -42,3 +42,9 @@ def write_and_read() -> tuple[Column, ProbeReport]:
     tensor: torch.Tensor = columns[0].to_torch()
     assert run["token/h"].shape == (3, 4) or tensor.ndim
     return run["token/h"], fit_probes(run, labels="token/tag", sites=["resid_post"], seed=0)
+
+
+def record_less(model: nn.Module, batches: list[dict[str, torch.Tensor]], small: Run) -> Run:
+    fitted = PCA.from_run(small.select("resid_post"), 64)
+    sites = [Site("resid_post", sample_tokens=0.1, sample_seed=3), Site("mlp_out", project=PCA(8)), Site("embed", project=fitted)]
+    return record(model, batches, to="run.zarr", sites=sites, ids="id", check_disk=False)
