@@ -34,16 +34,6 @@ from .schema import ColumnSchema, Json, PartDocument
 Mode = Literal["create", "resume", "overwrite"]
 # What must be the same for values of one column to be comparable.
 _SITE = ("path", "port", "call", "layout", "reduce", "target", "scaled", "sample", "projection")
-    "path",
-    "port",
-    "call",
-    "layout",
-    "reduce",
-    "target",
-    "scaled",
-    "sample",
-    "projection",
-)  # what must be the same for values to be comparable
 RESERVE = 8 << 20  # bytes that a disk is left with
 
 
