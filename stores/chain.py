@@ -12,6 +12,7 @@ from .commits import End, Record, ShardRecord
 from .errors import LostPartError
 from .part_state import PartState, claimed_parts, list_path, read_end, read_part
 from .places import Place
+from .zarr_documents import DOCUMENT
 
 Shards = Mapping[str, Mapping[int, ShardRecord]]  # by path of the array and number
 
@@ -73,13 +74,18 @@ def seal(place: Place, run: str, name: str) -> bool:
             return False
         try:
             if not part.closed:
-                add_record(place, part, "sealed")
+                add_record(place, part, "sealed", **({} if part.commits else {"copies": copies(place, name)}))
                 place.settle()
             finish(place, part)
         except LostPartError:
             continue  # its writer was quicker, this time
         place.settle()
         return True
+
+
+def copies(place: Place, part: str) -> dict[str, str]:
+    """The run's and a part's documents, for its first record: nothing else could tell if they were damaged."""
+    return {path: place.read(path).decode() for path in (DOCUMENT, f"parts/{part}/{DOCUMENT}")}
 
 
 def add_repair(place: Place, part: PartState, shards: Shards, *, from_here: bool) -> None:
@@ -109,8 +115,9 @@ def _checkpoint(place: Place, part: PartState, record: Record) -> Record:
     data, listed = commits.encode_lists(arrays)
     # The name holds the content's digest: a writer that is late must not replace the list of the one that sealed its part.
     file = f"{record.number:012d}.{hashlib.sha256(data).hexdigest()[:16]}.shards"
-    place.replace(list_path(part.name, file), [data])
-    place.settle()
+    if listed:
+        place.replace(list_path(part.name, file), [data])
+        place.settle()
     return replace(
         record,
         columns={**part.columns, **record.columns},

@@ -49,12 +49,7 @@ def claim(place: Place, document: PartDocument) -> PartState:
         except FileExistsError:
             number += 1
         else:
-            return PartState(name, document, commits.digest(content), copies=_copies(place, f"parts/{name}/zarr.json", content))
-
-
-def _copies(place: Place, path: str, content: bytes) -> dict[str, str]:
-    """The documents that nothing else could tell if they were damaged."""
-    return {zarr_documents.DOCUMENT: place.read(zarr_documents.DOCUMENT).decode(), path: content.decode()}
+            return PartState(name, document, commits.digest(content), copies=chain.copies(place, name))
 
 
 Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
@@ -143,8 +138,8 @@ class PartWriter:
         chain.check_open(self._place, self.state)
         self._write_tails(self.state.name)
         self._place.settle()
-        for wave in range(3):
-            self._write_shapes(self.state.name, wave)
+        for number in range(3):
+            self._write_shapes(self.state.name, number)
             self._place.settle()
         new = {name: digest for name, digest in assets.items() if self.state.assets.get(name) != digest}
         self._add_record(self.state, kind, aligned=tuple(aligned), nonfinite=dict(self._nonfinite), assets=new)
@@ -222,10 +217,10 @@ class PartWriter:
             if buffer.held and buffer.rows != self._committed.get(path, 0):
                 self._written += self._write_shard(part, path, buffer.shard, buffer.tail())
 
-    def _write_shapes(self, part: str, wave: int) -> None:
+    def _write_shapes(self, part: str, number: int) -> None:
         for schema in self._schemas.values():
             for role in schema.arrays.values():
-                if _wave(schema, role.name) == wave:
+                if wave(schema, role.name) == number:
                     document = zarr_documents.with_rows(self._templates[role.path], self._buffers[role.path].rows)
                     self._place.replace(f"parts/{part}/{role.path}/zarr.json", [document])
 
@@ -269,8 +264,8 @@ def shard_path(part: str, array: str, number: int, ndim: int) -> str:
     return f"parts/{part}/{array}/c.{number}{'.0' * (ndim - 1)}"
 
 
-def _wave(schema: ColumnSchema, role: str) -> int:
-    """Columns first, then the example table's own bookkeeping, then what lists the examples."""
+def wave(schema: ColumnSchema, role: str) -> int:
+    """When in a commit an array states its rows: columns first, then bookkeeping of the example table, then what lists examples."""
     if schema.name == "example/id":
         return 1 if role == "utf8" else 2
     return 1 if schema.name.startswith(("example/start.", "example/length.")) else 0
