@@ -97,13 +97,15 @@ class _Repairs:
             chain.seal(self._place, run, name)  # its writer must not go on while shards are replaced
             part, is_whole = self._state(run, name)
             found = wounds(self._place, part)
+        lost = range(part.examples, part.examples if is_whole else most_examples(self._place, run, name))
         self._documents(part, exactly=bool(found) or not is_whole)
         mending = Mending(self._place, part, self._keep)
         for wound in found:
             mending.mend(wound)
             self.done.replaced.append(wound.path)
         if found or not is_whole:
-            self._record(run, part, mending, from_here=not is_whole)
+            self.done.withdrawn += [*_names_of(self._place, part, mending), *(_named(number, part) for number in lost)]
+            self._record(part, mending, from_here=not is_whole)
         self._assets(part)
 
     def _part_document(self, run: str, name: str) -> None:
@@ -117,10 +119,8 @@ class _Repairs:
         except (DamagedError, SchemaError):
             self._mend(where, zarr_documents.group(PartDocument(run=run, session=uuid.uuid4().hex).to_attributes()))
 
-    def _record(self, run: str, part: PartState, mending: Mending, *, from_here: bool) -> None:
-        """Commit what is left, and name what is not; the objects that say so are new."""
-        lost = range(part.examples, most_examples(self._place, run, part.name)) if from_here else ()
-        self.done.withdrawn += [*_names_of(self._place, part, mending), *(_named(number, part) for number in lost)]
+    def _record(self, part: PartState, mending: Mending, *, from_here: bool) -> None:
+        """Commit what is left."""
         self._keep(commits.end_path(part.name))
         chain.add_repair(self._place, part, mending.shards, from_here=from_here)
         self.done.replaced += [commits.path_of(part.name, part.commits), commits.end_path(part.name)]
@@ -132,11 +132,13 @@ class _Repairs:
             for file, arrays in part.lists.items():
                 for listed in arrays.values():
                     read_list(self._place, list_path(name, file), listed)
+            is_whole = True
         except DamagedError:
-            part = salvaged(self._place, run, name)
-            part.commits = max([part.commits, *record_numbers(self._place, name)])
-            return part, False
-        return part, True
+            part, is_whole = salvaged(self._place, run, name), False
+        # There is one beyond the end if a repair was killed before it named its record there.
+        last = max(record_numbers(self._place, name), default=0)
+        is_whole, part.commits = is_whole and last <= part.commits, max(last, part.commits)
+        return part, is_whole
 
     def _documents(self, part: PartState, *, exactly: bool) -> None:
         """Documents that only readers of plain Zarr need: they follow from the schema."""
