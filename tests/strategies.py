@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ import pytest
 from hypothesis import strategies as st
 
 from tensortape.stores import RunWriter, layout
+
+FAULTS = os.environ.get("TENSORTAPE_FAULTS", "quick")  # how thoroughly: `quick`, `long` (make faults) or `endless`
+
+
+def step(quick: int) -> int:
+    """Take every so many of a list of cases; all of them in a thorough run."""
+    return quick if FAULTS == "quick" else 1
+
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
