@@ -74,7 +74,7 @@ def seal(place: Place, run: str, name: str) -> bool:
             return False
         try:
             if not part.closed:
-                add_record(place, part, "sealed", **({} if part.commits else {"copies": copies(place, name)}))
+                add_record(place, part, "sealed", copies=part.copies or copies(place, name))
                 place.settle()
             finish(place, part)
         except LostPartError:
@@ -92,7 +92,15 @@ def add_repair(place: Place, part: PartState, shards: Shards, *, from_here: bool
     """Say what a repair has left of a part; with `from_here` no earlier record counts any more."""
     end = None if from_here else read_end(place, part.name)
     rows = {path: part.arrays[path].rows for path in shards}
-    add_record(place, part, "repaired", array_rows=rows, shards=shards, withdrawn=part.withdrawn)
+    add_record(
+        place,
+        part,
+        "repaired",
+        array_rows=rows,
+        shards=shards,
+        withdrawn=part.withdrawn,
+        copies=part.copies or copies(place, part.name),
+    )
     place.settle()
     first = part.commits if from_here else end.first if end else 1
     place.replace(commits.end_path(part.name), [End(part.commits, part.last, first).encode()])

@@ -85,8 +85,9 @@ class _Repairs:
         """The run document, out of any part's copy, and the group above the parts; the run's uid."""
         if runs.ROOT in self._copies:
             self._mend(runs.ROOT, self._copies[runs.ROOT].encode())
+        uid = runs.read_document(self._place, path).uid  # before anything is written to what may be no run
         self._mend("parts/zarr.json", zarr_documents.group())
-        return runs.read_document(self._place, path).uid
+        return uid
 
     def part(self, run: str, name: str) -> None:
         """One part: its document, its records, its shards, and what readers of plain Zarr need."""
