@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test check bench dev wheel clean
+.PHONY: demo test faults check bench dev wheel clean
 
 demo: $(VENV)/.demo wheel  ## record the embedded model over the standard library, probe it, draw a picture
 	$(BIN)/tensortape demo
 
 test: $(VENV)/.test wheel check  ## lint, types, and all tests against the built wheel
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+faults: $(VENV)/.test wheel  ## every kind of damage to every object, and long random sequences of use, damage and repair
+	TENSORTAPE_FAULTS=long $(BIN)/python -m pytest --timeout 0 tests/stores/test_repair.py tests/stores/test_sealing.py \
+	    tests/stores/test_checkpoints.py tests/stores/test_leftovers.py tests/stores/test_state_machine.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -22,6 +26,7 @@ check: $(VENV)/.test
 bench: $(VENV)/.bench wheel  ## write and read speed beside raw files, zarr-python and TensorStore
 	$(BIN)/python benchmarks/bench_write.py
 	$(BIN)/python benchmarks/bench_read.py
+	$(BIN)/python benchmarks/bench_open.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention.py
 
