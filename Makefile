@@ -13,8 +13,10 @@ demo: $(VENV)/.demo wheel  ## record the embedded model over the standard librar
 test: $(VENV)/.test wheel check  ## lint, types, and all tests against the built wheel
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-faults: $(VENV)/.test wheel  ## the fault suite in full: kills, failing and full disks, power loss, damage; prints its table
+faults: $(VENV)/.test wheel  ## the fault suite in full: kills, failing and full disks, power loss, damage, long random use; prints its table
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python -m faults.report
+	TENSORTAPE_FAULTS=long $(BIN)/python -m pytest --timeout 0 tests/stores/test_repair.py tests/stores/test_sealing.py \
+	    tests/stores/test_checkpoints.py tests/stores/test_leftovers.py tests/stores/test_state_machine.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -25,6 +27,7 @@ check: $(VENV)/.test
 bench: $(VENV)/.bench wheel  ## write and read speed beside raw files, zarr-python and TensorStore
 	$(BIN)/python benchmarks/bench_write.py
 	$(BIN)/python benchmarks/bench_read.py
+	$(BIN)/python benchmarks/bench_open.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention.py
 

@@ -12,6 +12,7 @@ from .commits import End, Record, ShardRecord
 from .errors import LostPartError
 from .part_state import PartState, claimed_parts, list_path, read_end, read_part
 from .places import Place
+from .zarr_documents import DOCUMENT
 
 Shards = Mapping[str, Mapping[int, ShardRecord]]  # by path of the array and number
 
@@ -73,7 +74,7 @@ def seal(place: Place, run: str, name: str) -> bool:
             return False
         try:
             if not part.closed:
-                add_record(place, part, "sealed")
+                add_record(place, part, "sealed", copies=part.copies or copies(place, name))
                 place.settle()
             finish(place, part)
         except LostPartError:
@@ -82,11 +83,24 @@ def seal(place: Place, run: str, name: str) -> bool:
         return True
 
 
+def copies(place: Place, part: str) -> dict[str, str]:
+    """The run's and a part's documents, for its first record: nothing else could tell if they were damaged."""
+    return {path: place.read(path).decode() for path in (DOCUMENT, f"parts/{part}/{DOCUMENT}")}
+
+
 def add_repair(place: Place, part: PartState, shards: Shards, *, from_here: bool) -> None:
     """Say what a repair has left of a part; with `from_here` no earlier record counts any more."""
     end = None if from_here else read_end(place, part.name)
     rows = {path: part.arrays[path].rows for path in shards}
-    add_record(place, part, "repaired", array_rows=rows, shards=shards, withdrawn=part.withdrawn)
+    add_record(
+        place,
+        part,
+        "repaired",
+        array_rows=rows,
+        shards=shards,
+        withdrawn=part.withdrawn,
+        copies=part.copies or copies(place, part.name),
+    )
     place.settle()
     first = part.commits if from_here else end.first if end else 1
     place.replace(commits.end_path(part.name), [End(part.commits, part.last, first).encode()])
@@ -109,8 +123,9 @@ def _checkpoint(place: Place, part: PartState, record: Record) -> Record:
     data, listed = commits.encode_lists(arrays)
     # The name holds the content's digest: a writer that is late must not replace the list of the one that sealed its part.
     file = f"{record.number:012d}.{hashlib.sha256(data).hexdigest()[:16]}.shards"
-    place.replace(list_path(part.name, file), [data])
-    place.settle()
+    if listed:
+        place.replace(list_path(part.name, file), [data])
+        place.settle()
     return replace(
         record,
         columns={**part.columns, **record.columns},

@@ -102,9 +102,11 @@ class Index:
 
     @cached_property
     def _own(self) -> list[PartReader]:
-        """Parts whose keys are looked up; where a repair has withdrawn examples, those that line up with others are so no more."""
-        withdrawn = any(part.state.withdrawn for part in self._parts)
-        return [part for part in self._parts if withdrawn or not part.state.aligned]
+        """Parts whose keys are looked up; where a repair has given up examples, those that line up with others do so no more."""
+        there = {part.state.name: part.state.examples for part in self._parts}
+        spans = [span for part in self._parts for span in part.state.aligned]
+        lost = any(part.state.withdrawn for part in self._parts) or any(there.get(name, 0) < a + n for name, a, n in spans)
+        return [part for part in self._parts if lost or not part.state.aligned]
 
     @cached_property
     def _all_keys(self) -> tuple[Array, Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,10 @@ from . import runs
 from .part_reader import PartReader
 from .part_state import PartState, claimed_parts, read_part
 from .places import Place, place_at
+from .shapes import stated
 from .shard_cache import ShardCache
+
+_SHARD = re.compile(r"c\.\d+(\.0)*")
 
 
 def remove_leftovers(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -35,7 +39,10 @@ def _of_part(place: Place, part: PartState) -> list[str]:
     folder = f"parts/{part.name}"
     inside = [f"{folder}/{name}/" for name in _folders(place, folder)]
     unfinished = [f"{where}{name}" for where in (f"{folder}/", *inside) for name in place.unfinished(where)]
-    return unfinished + _uncommitted(place, part)
+    uncommitted = _uncommitted(place, part) if part.columns else _shards(place, inside)
+    if uncommitted:
+        _take_back(place, part)
+    return unfinished + uncommitted
 
 
 def _folders(place: Place, folder: str) -> list[str]:
@@ -47,12 +54,21 @@ def _folders(place: Place, folder: str) -> list[str]:
 
 
 def _uncommitted(place: Place, part: PartState) -> list[str]:
-    """Shards that no record of a closed part names."""
+    """Shards that no record of a part names."""
     reader = PartReader(part, ShardCache(place, part.document.run, verify=False))
-    found: list[str] = []
-    for column in part.columns.values():
-        for role in column.arrays.values():
-            folder = f"parts/{part.name}/{role.path}"
-            named = {path for _, path, _ in reader.array(role).shards()}
-            found += [path for name in place.names(folder) if (path := f"{folder}/{name}") not in named and name.startswith("c.")]
-    return found
+    roles = [role for column in part.columns.values() for role in column.arrays.values()]
+    named = {path for role in roles for _, path, _ in reader.array(role).shards()}
+    return [path for path in _shards(place, [f"parts/{part.name}/{role.path}/" for role in roles]) if path not in named]
+
+
+def _shards(place: Place, folders: list[str]) -> list[str]:
+    """Everything in some folders that is named like a shard."""
+    return [f"{folder}{name}" for folder in folders for name in place.names(folder) if _SHARD.fullmatch(name)]
+
+
+def _take_back(place: Place, part: PartState) -> None:
+    """Let array documents state committed rows only: readers of plain Zarr must not look for rows that are about to go."""
+    for found in stated(place, part):
+        if found.stated is not None and found.stated > found.rows:
+            place.replace(found.path, [found.content])
+            place.settle()

@@ -32,9 +32,9 @@ class Wound:
 def wounds(place: Place, part: PartState) -> list[Wound]:
     """Every shard of a part that is not what was committed, in the order in which they can be mended.
 
-    What tells which examples are concerned comes first: the example table, and the ends of texts before their bytes.
+    What tells which examples are concerned comes first: ids, then the example table, and the ends of texts before their bytes.
     """
-    columns = sorted(part.columns.values(), key=lambda column: column.table != "example")
+    columns = sorted(part.columns.values(), key=lambda column: (column.name != "example/id", column.table != "example"))
     arrays = [role for column in columns for role in sorted(column.arrays.values(), key=lambda role: role.name)]
     reader = PartReader(part, ShardCache(place, part.document.run, verify=True))
     return [wound for array in arrays for wound in _wounds(place, reader.array(array), array)]
@@ -92,8 +92,17 @@ def _wounds(place: Place, array: ArrayReader, schema: ArraySchema) -> Iterable[W
     for number, path, _ in array.shards():
         shard = _as_far_as_there(place, array, number, path)
         chunks = range(array.chunks_in(number)) if shard is None else shard.damaged()
-        if chunks or shard is None or not shard.structure_is_right():
+        if chunks or shard is None or not _is_whole(place, array, number, path, shard):
             yield Wound(schema, number, path, tuple(chunks))
+
+
+def _is_whole(place: Place, array: ArrayReader, number: int, path: str, shard: Shard) -> bool:
+    """Whether all but the rows is right too; of a tail that has grown since it was committed only its length is looked at."""
+    try:
+        array.check_size(number)
+    except DamagedError:
+        return False
+    return place.size(path) != array.file_bytes(number) or shard.structure_is_right()
 
 
 def _as_far_as_there(place: Place, array: ArrayReader, number: int, path: str) -> Shard | None:

@@ -143,8 +143,8 @@ class ArrayReader:
             raise DamagedError(f"{self._path(number)}: chunk {chunk} does not hold the bytes that were committed{affected}")
 
     def _sealed(self, rows: int) -> bool:
-        # The tail of a part that was sealed may have been replaced by a longer one: its writer need not have been gone.
-        return self._part.state.kind in ("closed", "repaired") or rows == self.geometry.shard_rows
+        # The tail of a part that was sealed or repaired may be replaced by a longer one: its writer need not have been gone.
+        return self._part.state.kind == "closed" or rows == self.geometry.shard_rows
 
     def _path(self, number: int) -> str:
         return shard_path(self._part.state.name, self._schema.path, number, len(self._schema.shape) + 1)
@@ -242,7 +242,7 @@ class PartReader:
             begin, length = (self.kept, 1) if column.table == "example" else self.bounds(column.table)
         except DamagedError:
             return self.kept[:0]
-        return self.kept[(begin < stop) & (begin + length > start)]
+        return self.kept[(begin < stop) & (begin + length > start) & (np.asarray(length) > 0)]
 
     def _rows_of_text(self, column: ColumnSchema, role: str, start: int, stop: int) -> tuple[int, int]:
         """The rows of a column that depend on elements [start, stop) of one of its arrays."""

@@ -183,21 +183,15 @@ def read_record(place: Place, run: str, part: str, number: int) -> tuple[Record,
     return record, commits.digest(data)
 
 
-def last_record(place: Place, part: str, first: int = 1) -> int:
-    """The number of an open part's last record; DamagedError where one before it is missing."""
-    found = [int(name.partition(".")[0]) for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
-    found = [number for number in found if number >= first]
-    for expected, number in enumerate(found, start=first):
-        if number != expected:
-            path = commits.path_of(part, expected)
-            raise DamagedError(f"{path}: the commit record is missing, but {commits.path_of(part, number)} is there")
-    return first + len(found) - 1
+def record_numbers(place: Place, part: str) -> list[int]:
+    """Numbers of the commit records that are there, damaged or not."""
+    return [int(name.partition(".")[0]) for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
 
 
 def _records(place: Place, run: str, part: str, end: End | None, *, whole: bool) -> Iterator[tuple[Record, str]]:
     """The records that count, from the last checkpoint on; each names the one before it."""
     first = end.first if end else 1
-    last = end.number if end else last_record(place, part)
+    last = end.number if end else max(record_numbers(place, part), default=0)
     start, previous = first, ""
     checkpoint = last if end else last - last % commits.CHECKPOINT_EVERY
     if checkpoint > first and not whole:
@@ -220,8 +214,12 @@ def list_path(part: str, file: str) -> str:
 
 def read_list(place: Place, where: str, listed: Listed) -> dict[int, ShardRecord]:
     """The shards of one array, from a checkpoint's list; DamagedError."""
+    span = listed.start, listed.start + listed.size
     try:
-        data = place.read(where)[listed.start : listed.start + listed.size]
+        view = place.view(where, expected=span[1], stays=True)
     except FileNotFoundError:
         raise DamagedError(f"{where}: the list of shards is missing") from None
-    return commits.decode_list(data, listed, where)
+    if len(view.content) < span[1]:
+        raise DamagedError(f"{where}: the list of shards is cut")
+    view.load([span])
+    return commits.decode_list(view.content[slice(*span)].tobytes(), listed, where)

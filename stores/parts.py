@@ -69,12 +69,7 @@ def claim(place: Place, document: PartDocument) -> PartState:
         except FileExistsError:
             number += 1
         else:
-            return PartState(name, document, commits.digest(content), copies=_copies(place, f"parts/{name}/zarr.json", content))
-
-
-def _copies(place: Place, path: str, content: bytes) -> dict[str, str]:
-    """The documents that nothing else could tell if they were damaged."""
-    return {zarr_documents.DOCUMENT: place.read(zarr_documents.DOCUMENT).decode(), path: content.decode()}
+            return PartState(name, document, commits.digest(content), copies=chain.copies(place, name))
 
 
 class PartWriter:
@@ -167,8 +162,8 @@ class PartWriter:
         chain.check_open(self._place, self.state)
         self._write_tails(self.state.name)
         self._place.settle()
-        for wave in range(3):
-            self._write_shapes(self.state.name, wave)
+        for number in range(3):
+            self._write_shapes(self.state.name, number)
             self._place.settle()
         new = {name: digest for name, digest in assets.items() if self.state.assets.get(name) != digest}
         self._add_record(self.state, kind, aligned=tuple(aligned), nonfinite=dict(self._nonfinite), assets=new)
@@ -262,9 +257,9 @@ class PartWriter:
         waiting = [(path, buffer) for path, buffer in buffers if buffer.held and buffer.rows != self._committed.get(path, 0)]
         self._written += sum(self._place.each(lambda one: self._write_shard(part, one[0], one[1].shard, one[1].tail()), waiting))
 
-    def _write_shapes(self, part: str, wave: int) -> None:
+    def _write_shapes(self, part: str, number: int) -> None:
         schemas = self._schemas.values()
-        paths = [role.path for schema in schemas for role in schema.arrays.values() if _wave(schema, role.name) == wave]
+        paths = [role.path for schema in schemas for role in schema.arrays.values() if wave(schema, role.name) == number]
         self._place.each(lambda path: self._write_shape(part, path), paths)
 
     def _write_shape(self, part: str, path: str) -> None:
@@ -312,8 +307,8 @@ def shard_path(part: str, array: str, number: int, ndim: int) -> str:
     return f"parts/{part}/{array}/c.{number}{'.0' * (ndim - 1)}"
 
 
-def _wave(schema: ColumnSchema, role: str) -> int:
-    """Columns first, then the example table's own bookkeeping, then what lists the examples."""
+def wave(schema: ColumnSchema, role: str) -> int:
+    """When in a commit an array states its rows: columns first, then bookkeeping of the example table, then what lists examples."""
     if schema.name == "example/id":
         return 1 if role == "utf8" else 2
     return 1 if schema.name.startswith(("example/start.", "example/length.")) else 0

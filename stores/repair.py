@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from . import chain, runs, zarr_documents
-from .errors import StoreError
+from . import chain, commits, runs, zarr_documents
+from .errors import DamagedError, SchemaError
 from .mending import Mending, wounds
 from .part_reader import PartReader
-from .part_state import ArrayState, PartState, claimed_parts, list_path, read_list, read_part
+from .part_state import PartState, begun, claimed_parts, list_path, read_list, read_part, record_numbers
 from .parts import group_folders
 from .places import Place, place_at
-from .salvage import record_numbers, salvaged
+from .salvage import most_examples, salvaged
+from .schema import PartDocument
+from .shapes import stated
 from .shard_cache import ShardCache
 
 
@@ -86,30 +88,46 @@ class _Repairs:
         """The run document, out of any part's copy, and the group above the parts; the run's uid."""
         if runs.ROOT in self._copies:
             self._mend(runs.ROOT, self._copies[runs.ROOT].encode())
+        uid = runs.read_document(self._place, self._place.root).uid  # before anything is written to what may be no run
         self._mend("parts/zarr.json", zarr_documents.group())
-        return runs.read_document(self._place, self._place.root).uid
+        return uid
 
     def part(self, run: str, name: str) -> None:
         """One part: its document, its records, its shards, and what readers of plain Zarr need."""
-        where = f"parts/{name}/zarr.json"
-        if where in self._copies:
-            self._mend(where, self._copies[where].encode())
+        self._part_document(run, name)
         part, is_whole = self._state(run, name)
-        if wounds(self._place, part) and is_whole and not part.closed:
+        found = wounds(self._place, part)
+        if found and is_whole and not part.closed:
             chain.seal(self._place, run, name)  # its writer must not go on while shards are replaced
             part, is_whole = self._state(run, name)
+            found = wounds(self._place, part)
+        lost = range(part.examples, part.examples if is_whole else most_examples(self._place, run, name))
+        self._documents(part, exactly=bool(found) or not is_whole)
         mending = Mending(self._place, part, self._keep)
-        for wound in wounds(self._place, part):
+        for wound in found:
             mending.mend(wound)
             self.done.replaced.append(wound.path)
-        if mending.shards or not is_whole:
+        if found or not is_whole:
+            self.done.withdrawn += [*_names_of(self._place, part, mending), *(_named(number, part) for number in lost)]
             self._record(part, mending, from_here=not is_whole)
-        self._documents(part)
         self._assets(part)
 
+    def _part_document(self, run: str, name: str) -> None:
+        """A part's document, out of its records' copy; a new one where nothing was committed that had a copy."""
+        where = f"parts/{name}/{zarr_documents.DOCUMENT}"
+        if where in self._copies:
+            self._mend(where, self._copies[where].encode())
+            return
+        try:
+            begun(self._place, name)
+        except (DamagedError, SchemaError):
+            self._mend(where, zarr_documents.group(PartDocument(run=run, session=uuid.uuid4().hex).to_attributes()))
+
     def _record(self, part: PartState, mending: Mending, *, from_here: bool) -> None:
-        self.done.withdrawn += _names_of(self._place, part, mending)
+        """Commit what is left."""
+        self._keep(commits.end_path(part.name))
         chain.add_repair(self._place, part, mending.shards, from_here=from_here)
+        self.done.replaced += [commits.path_of(part.name, part.commits), commits.end_path(part.name)]
 
     def _state(self, run: str, name: str) -> tuple[PartState, bool]:
         """The part as of its last good record, and whether its records and lists are whole."""
@@ -118,23 +136,21 @@ class _Repairs:
             for file, arrays in part.lists.items():
                 for listed in arrays.values():
                     read_list(self._place, list_path(name, file), listed)
-        except (StoreError, OSError):
-            part = salvaged(self._place, run, name)
-            part.commits = max([part.commits, *record_numbers(self._place, name)])
-            return part, False
-        return part, True
+            is_whole = True
+        except DamagedError:
+            part, is_whole = salvaged(self._place, run, name), False
+        # There is one beyond the end if a repair was killed before it named its record there.
+        last = max(record_numbers(self._place, name), default=0)
+        is_whole, part.commits = is_whole and last <= part.commits, max(last, part.commits)
+        return part, is_whole
 
-    def _documents(self, part: PartState) -> None:
+    def _documents(self, part: PartState, *, exactly: bool) -> None:
         """Documents that only readers of plain Zarr need: they follow from the schema."""
         for folder in group_folders(part.columns.values()):
-            self._mend(f"parts/{part.name}/{folder}/zarr.json", zarr_documents.group())
-        for column in part.columns.values():
-            for role in column.arrays.values():
-                path = f"parts/{part.name}/{role.path}/zarr.json"
-                document, rows = zarr_documents.array(column, role), part.arrays.get(role.path, ArrayState()).rows
-                stated = zarr_documents.rows_of(self._content(path), document)
-                if stated is None or stated < rows:
-                    self._mend(path, zarr_documents.with_rows(document, rows))
+            self._mend(f"parts/{part.name}/{folder}/{zarr_documents.DOCUMENT}", zarr_documents.group())
+        for found in stated(self._place, part):
+            if found.is_wrong or (exactly and found.stated != found.rows):
+                self._mend(found.path, found.content)
 
     def _assets(self, part: PartState) -> None:
         for name, digest in part.assets.items():
@@ -163,5 +179,8 @@ def _names_of(place: Place, part: PartState, mending: Mending) -> list[str | int
     reader = PartReader(replace(part, withdrawn=()), ShardCache(place, part.document.run, verify=True))
     named = sorted(mending.withdrawn - mending.nameless)
     ids = [reader.ids_of(np.array([number])) for number in named]
-    nameless = [f"number {number} of {part.name}" for number in sorted(mending.nameless)]
-    return [found[0] for found in ids if found] + nameless
+    return [found[0] for found in ids if found] + [_named(number, part) for number in sorted(mending.nameless)]
+
+
+def _named(number: int, part: PartState) -> str:
+    return f"number {number} of {part.name}"

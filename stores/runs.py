@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import zarr_documents
-from .commits import Record
+from .commits import Record, path_of
 from .errors import DamagedError, FormatVersionError, LostPartError, NotARunError, RunExistsError, SchemaError
-from .part_state import attributes, claimed_parts
+from .part_state import attributes, claimed_parts, record_numbers
 from .places import LocalPlace, Place
 from .schema import FORMAT, Json, RunDocument
 
@@ -99,13 +99,14 @@ def read_document(place: Place, where: str | Path) -> RunDocument:
 
 
 def statements(place: Place) -> Iterator[Record]:
-    """The first readable commit record of each part: what parts say of the run they belong to."""
+    """The first readable commit record of each part that has copies of documents: what parts say of the run they belong to."""
     for part in claimed_parts(place):
-        for name in place.names(f"parts/{part}/commits"):
+        for number in record_numbers(place, part):
+            path = path_of(part, number)
             with suppress(DamagedError, FormatVersionError):
-                if name.endswith(".json"):
-                    path = f"parts/{part}/commits/{name}"
-                    yield Record.decode(place.read(path), path)
+                record = Record.decode(place.read(path), path)
+                if record.copies:
+                    yield record
                     break
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from . import commits
 from .commits import Record
-from .errors import StoreError
-from .part_state import PartState, begun, list_path, read_list
+from .errors import DamagedError
+from .part_state import PartState, begun, list_path, read_list, record_numbers
 from .places import Place
+from .zarr_documents import DOCUMENT, stated_rows
 
 Whole = dict[int, tuple[Record, str]]
-
-
-def record_numbers(place: Place, part: str) -> list[int]:
-    """Numbers of the commit records that are there, damaged or not."""
-    return [int(name[:-5]) for name in place.names(f"parts/{part}/commits") if name.endswith(".json")]
 
 
 def whole_records(place: Place, run: str, part: str) -> Whole:
@@ -24,7 +20,7 @@ def whole_records(place: Place, run: str, part: str) -> Whole:
         data = place.read(path)
         try:
             record = Record.decode(data, path)
-        except StoreError:
+        except DamagedError:
             continue
         if (record.run, record.part, record.number) == (run, part, number):
             found[number] = record, commits.digest(data)
@@ -39,12 +35,19 @@ def salvaged(place: Place, run: str, name: str) -> PartState:
     return max(states, key=lambda state: state.commits, default=begun(place, name))
 
 
+def most_examples(place: Place, run: str, part: str) -> int:
+    """The most examples that any whole record of a part, or the documents of its ids, speak of."""
+    said = [record.rows.get("example", 0) for record, _ in whole_records(place, run, part).values()]
+    documents = [f"parts/{part}/example/id/{role}{DOCUMENT}" for role in ("", "end/")]
+    return max([*said, *(stated_rows(place.read(path)) or 0 for path in documents if place.exists(path))], default=0)
+
+
 def _is_usable(place: Place, record: Record) -> bool:
     """Whether a record is a checkpoint whose list is whole."""
     try:
         for listed in record.listed.values():
             read_list(place, list_path(record.part, record.list_file), listed)
-    except StoreError:
+    except DamagedError:
         return False
     return bool(record.listed)
 

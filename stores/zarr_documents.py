@@ -40,12 +40,16 @@ def with_rows(document: Json, rows: int) -> bytes:
 
 def rows_of(file: bytes, document: Json) -> int | None:
     """The rows that an array's file states; None if in anything else it differs from the array's document."""
+    rows = stated_rows(file)
+    return rows if rows is not None and json.loads(file) == json.loads(with_rows(document, rows)) else None
+
+
+def stated_rows(file: bytes) -> int | None:
+    """The rows that an array's file states; None if it is not the file of an array."""
     try:
-        found = json.loads(file)
-        rows = int(found["shape"][0])
+        return int(json.loads(file)["shape"][0])
     except (ValueError, KeyError, TypeError, IndexError):
         return None
-    return rows if found == json.loads(with_rows(document, rows)) else None
 
 
 def _dimensions(column: ColumnSchema, role: ArraySchema) -> tuple[str, ...]:

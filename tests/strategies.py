@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ from hypothesis import strategies as st
 from tensortape.stores import RunWriter, layout
 from tensortape.stores.geometry import Geometry
 from tensortape.stores.layout import Grid
+
+FAULTS = os.environ.get("TENSORTAPE_FAULTS", "quick")  # how thoroughly: `quick`, `long` (make faults) or `endless`
+
+
+def step(quick: int) -> int:
+    """Take every so many of a list of cases; all of them in a thorough run."""
+    return quick if FAULTS == "quick" else 1
+
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

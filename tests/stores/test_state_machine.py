@@ -12,13 +12,19 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from strategies import random_values, same_bits, seeds, small_chunks, writer_at
+from strategies import FAULTS, flip, random_values, same_bits, seeds, small_chunks, writer_at
 
-from tensortape.stores import Run, RunWriter, open_run
+from tensortape.stores import Run, RunWriter, StoreError, open_run
+from tensortape.stores.leftovers import remove_leftovers
+from tensortape.stores.repair import repair_run
+from tensortape.stores.verify import verify_run
 
 lengths = st.lists(st.integers(0, 25), min_size=1, max_size=4)
 
+SIZES = {"quick": (8, 25), "long": (200, 50), "endless": (1000, 500)}  # examples, steps
 DTYPES = {"token/h": ("bfloat16", (3,)), "token/tag": ("int64", ()), "example/y": ("float32", (2,))}
+BASE = frozenset({*DTYPES, "example/text"})
+TOP_UP = "token/top"
 
 
 class RunMachine(RuleBasedStateMachine):
@@ -35,6 +41,7 @@ class RunMachine(RuleBasedStateMachine):
         self.cells: dict[str, dict[str, Any]] = {}
         self.pending: list[str] = []
         self.pending_cells: dict[str, dict[str, Any]] = {}
+        self.lost: dict[str, dict[str, Any]] = {}  # id -> column -> value: what a repair gave up
         self.count = self.added = 0
 
     def teardown(self) -> None:
@@ -52,14 +59,41 @@ class RunMachine(RuleBasedStateMachine):
         for name, (dtype, shape) in DTYPES.items():
             ragged = name.startswith("token/")
             columns[name] = [random_values(self.rng, dtype, (length, *shape) if ragged else shape) for length in lengths]
-        for name, values in columns.items():
-            self.pending_cells.setdefault(name, {}).update(zip(ids, values, strict=True))
-        self.pending += ids
+        self._expect(ids, columns)
         if packed:
             columns |= {name: np.concatenate(columns[name]) for name in ("token/h", "token/tag")}
         with small_chunks():
             self._writer().append(ids=ids, columns=columns, lengths={"token": lengths} if packed else None)
         self._note_automatic_commit()
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def top_up(self, data: st.DataObject) -> None:
+        """Another column for examples that the run has."""
+        without = [id_ for id_ in self.ids if id_ not in self.cells.get(TOP_UP, {}) and id_ in self.cells.get("token/tag", {})]
+        without = [id_ for id_ in without if id_ not in self.pending]
+        if without:
+            ids = data.draw(st.lists(st.sampled_from(without), unique=True, min_size=1, max_size=4))
+            columns = {TOP_UP: [random_values(self.rng, "float16", (len(self.cells["token/tag"][id_]), 2)) for id_ in ids]}
+            self._expect(ids, columns)
+            with small_chunks():
+                self._writer().append(ids=ids, columns=columns)
+            self._note_automatic_commit()
+
+    @precondition(lambda self: self.lost)
+    @rule()
+    def record_again(self) -> None:
+        """What a repair gave up; a resumed writer knows what is missing."""
+        writer = self._writer()
+        for id_, cells in self.lost.items():
+            base = {name: [value] for name, value in cells.items() if name in BASE}
+            if base:
+                assert writer.missing(BASE, id_) == BASE
+                self._expect([id_], base)
+                with small_chunks():
+                    writer.append(ids=[id_], columns=base)
+        self.lost = {}
+        self.commit()
 
     @precondition(lambda self: self.writer is not None)
     @rule()
@@ -81,7 +115,30 @@ class RunMachine(RuleBasedStateMachine):
         self.writer._broken = RuntimeError("abandoned by the test")
         self.writer, self.pending, self.pending_cells = None, [], {}
 
-    @precondition(lambda self: self.ids)
+    @precondition(lambda self: self.ids and self.writer is None)
+    @rule(data=st.data())
+    def damage_and_repair(self, data: st.DataObject) -> None:
+        """One byte of any file: reads are right or refused, and a repair gives up nothing without saying so."""
+        self.held = None
+        files = [file for file in sorted(self.path.rglob("*")) if file.is_file() and "quarantine" not in file.parts]
+        file = data.draw(st.sampled_from(files), label="file")
+        flip(file, data.draw(st.integers(0, file.stat().st_size - 1)), 1 << data.draw(st.integers(0, 7)))
+        if verify_run(self.path).ok:
+            self._compare(open_run(self.path), self.ids, self.cells)
+        else:
+            self._assert_nothing_wrong_is_read()
+        done = repair_run(self.path)
+        assert verify_run(self.path).ok
+        assert not repair_run(self.path).changed
+        self._give_up(open_run(self.path), [str(name) for name in done.withdrawn])
+        self._compare(open_run(self.path), self.ids, self.cells)
+
+    @rule()
+    def remove_leftovers(self) -> None:
+        if self.path.exists():
+            remove_leftovers(self.path)
+
+    @precondition(lambda self: {id_ for id_ in self.ids if id_ in self.cells.get("token/tag", {})} == set(self.ids) != set())
     @rule(data=st.data(), everyone=st.booleans())
     def add_column(self, data: st.DataObject, everyone: bool) -> None:
         name = f"{data.draw(st.sampled_from(['token', 'example']))}/added{self.added}"
@@ -111,7 +168,7 @@ class RunMachine(RuleBasedStateMachine):
     def open_and_read_everything(self) -> None:
         self._compare(open_run(self.path), self.ids, self.cells)
 
-    @precondition(lambda self: self.ids)
+    @precondition(lambda self: set(self.cells) - {"example/text"})
     @rule(data=st.data())
     def read_some_rows(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(set(self.cells) - {"example/text"})))
@@ -137,7 +194,7 @@ class RunMachine(RuleBasedStateMachine):
         if getattr(self, "writer", None) is not None:
             assert len(self.writer.committed_ids) == len(self.ids)
             assert all(id_ in self.writer.committed_ids for id_ in self.ids)
-            assert not any(id_ in self.writer.committed_ids for id_ in self.pending)
+            assert not any(id_ in self.writer.committed_ids for id_ in self.pending if id_ not in self.ids)
 
     # Help.
 
@@ -146,12 +203,44 @@ class RunMachine(RuleBasedStateMachine):
             self.writer = writer_at(self.path, "resume")
         return self.writer
 
+    def _expect(self, ids: list[str], columns: dict[str, Any]) -> None:
+        for name, values in columns.items():
+            self.pending_cells.setdefault(name, {}).update(zip(ids, values, strict=True))
+        self.pending += ids
+
     def _note_automatic_commit(self) -> None:
-        if self.pending[-1] in self.writer.committed_ids:
+        if not self.writer._uncommitted:
             self._acknowledge()
 
+    def _assert_nothing_wrong_is_read(self) -> None:
+        try:
+            run = open_run(self.path)
+            ids = run.ids
+        except StoreError:
+            return
+        for name, cells in self.cells.items():
+            for number, id_ in enumerate(ids):
+                try:
+                    found = run[name][number]
+                except StoreError:
+                    continue
+                assert found == cells[id_] if name == "example/text" else same_bits(found, cells[id_])
+
+    def _give_up(self, run: Run, named: list[str]) -> None:
+        """Take out of the model what the run has no more; all of it must have been named, by id or by number."""
+        there = {name: dict(zip(run.ids, run[name].present.tolist(), strict=True)) for name in self.cells if _has(run, name)}
+        for name, cells in list(self.cells.items()):
+            gone = [id_ for id_ in cells if not there.get(name, {}).get(id_, False)]
+            for id_ in gone:
+                assert id_ in named or any(one.startswith("number ") for one in named), (id_, name, named)
+                self.lost.setdefault(id_, {})[name] = cells.pop(id_)
+            if name not in there:
+                del self.cells[name]
+        assert set(run.ids) == {id_ for cells in self.cells.values() for id_ in cells}
+        self.ids = run.ids
+
     def _acknowledge(self) -> None:
-        self.ids += self.pending
+        self.ids += [id_ for id_ in self.pending if id_ not in self.ids]
         for name, cells in self.pending_cells.items():
             self.cells.setdefault(name, {}).update(cells)
         self.pending, self.pending_cells = [], {}
@@ -171,9 +260,14 @@ class RunMachine(RuleBasedStateMachine):
                     assert column[number] == expected[id_] if name == "example/text" else same_bits(column[number], expected[id_])
 
 
+def _has(run: Run, name: str) -> bool:
+    table, _, short = name.partition("/")
+    return short in run.tables.get(table, {})
+
+
 def _is_own(name: str) -> bool:
     return name in ("example/id", "example/phase", "example/step") or name.startswith(("example/start.", "example/length."))
 
 
 TestRunMachine = pytest.mark.slow(RunMachine.TestCase)
-TestRunMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestRunMachine.settings = settings(max_examples=SIZES[FAULTS][0], stateful_step_count=SIZES[FAULTS][1], deadline=None)
