@@ -97,13 +97,8 @@ def record(
         session=session,
         fingerprint={"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {},
     )
-    if recorder.has_gradients != bool(targets):
-        raise ValueError(
-            "sites with gradients need targets={'loss': function of (outputs, batch)} to differentiate"
-            if recorder.has_gradients
-            else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
-        )
     with recorder, _inference(unwrapped(model)):
+        _check_targets(recorder, targets)
         if is_text:
             groups = batches(examples, batch_tokens, batch_size)
             _keep_tokenizer(recorder, tokenizer)
@@ -111,6 +106,15 @@ def record(
         else:
             _record_loader(recorder, model, data, ids, labels or {}, targets or {}, progress=progress)
     return open_run(Path(to))
+
+
+def _check_targets(recorder: Recorder, targets: Targets | None) -> None:
+    if recorder.has_gradients != bool(targets):
+        raise ValueError(
+            "sites with gradients need targets={'loss': function of (outputs, batch)} to differentiate"
+            if recorder.has_gradients
+            else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
+        )
 
 
 def _examples(
@@ -173,7 +177,7 @@ def _record_texts(
     with _bar(progress, "token") as bar:
         for group in groups:
             given: Any = "content" if isinstance(ids, str) else [example.id for example in group]
-            with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text)) as batch:
+            with recorder.batch(ids=given, labels=_labels(group, keep_text=keep_text), targets=targets) as batch:
                 if batch.recorded:
                     inputs = padded(group, pad, device)
                     _forward(recorder, batch, model, inputs, targets, inputs)
@@ -212,7 +216,8 @@ def _record_loader(
             withheld = {ids, *labels.values()} - taken
             moved = {key: _moved(value, device) for key, value in entries.items()}
             inputs = {key: value for key, value in moved.items() if key not in withheld}
-            with recorder.batch(ids=ids if ids == "content" else _entry(entries, ids), labels=named) as batch:
+            given = ids if ids == "content" else _entry(entries, ids)
+            with recorder.batch(ids=given, labels=named, targets=targets) as batch:
                 if batch.recorded:
                     _forward(recorder, batch, model, inputs, targets, moved)
             recorded += 1
