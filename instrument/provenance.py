@@ -17,10 +17,14 @@ from tensortape.stores.dtypes import as_numpy
 
 Json = dict[str, Any]
 _SAMPLE = 1 << 16  # values of a parameter that enter the fingerprint
-_NOT_COMPUTING = frozenset(  # settings of a config: where it comes from, what is returned beside the values, names, generation
-    "_commit_hash architectures bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task id2label "
-    "initializer_factor initializer_range label2id name_or_path output_attentions output_hidden_states problem_type return_dict "
-    "task_specific_params tokenizer_class torch_dtype transformers_version use_cache".split()
+# Settings of a config that do not change what is computed: where it comes from, what is returned besides, names, generation.
+_NOT_COMPUTING = frozenset(
+    {
+        *("_commit_hash", "architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class"),
+        *("initializer_factor", "initializer_range", "bos_token_id", "eos_token_id"),
+    }
 )
 
 

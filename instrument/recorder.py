@@ -142,8 +142,8 @@ class Recorder:
             segments: [B, T] integers, for rows that hold several examples: which one a position belongs to.
             forwards: `generate` for `model.generate(...)`: each forward continues the one before it, and tokens after an example's
                 end are left out. A forward that is given a filled KV cache continues without it, too.
-            targets: names of everything that is differentiated inside. A resumed run needs them to tell that it has all gradients of
-                a site which names no target itself; without them such batches are run again, and what is there is not written.
+            targets: names of everything that is differentiated inside. A resumed run needs them to tell that it has all gradients
+                of a site that names no target itself; without them such batches are run again, and what is there is not written.
             ends: the tokens that end an example, where `generate` is given other ones than the model's generation_config names.
 
         Raises:

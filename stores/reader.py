@@ -13,6 +13,7 @@ import numpy as np
 from . import extension, names, runs, selection
 from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .columns import Column, Table
+from .digest import digest
 from .dtypes import Array
 from .errors import AttentionNotRecordedError, GradientError, NotARunError, UnknownColumnError
 from .index import Index
@@ -270,6 +271,11 @@ class Run:
     def verify(self, *, quick: bool = False) -> Verification:
         """Read every committed byte (`quick`: look at sizes only) and compare it with its commit record."""
         return verify_run(self.path, quick=quick)
+
+    def digest(self) -> str:
+        """SHA-256 of all keys, lengths and values, by key: the same for runs that hold the same, however they came about."""
+        columns = [column for table in self.tables.values() for column in table.values()]
+        return digest(self.keys, [column for column in columns if not names.is_bookkeeping(column.name)])
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one."""

@@ -385,7 +385,7 @@ class RunWriter:
 
     def _columns_if_new(self, written: Written) -> frozenset[str] | None:
         """The columns of an append, if any of its examples is new to the run."""
-        return None if all(map(self._held.has, written.digests)) else written.columns
+        return None if all(map(self.committed_ids.has, written.digests)) else written.columns
 
     def _cells(
         self, ids: keys.Ids, columns: Mapping[str, Any], lengths: GivenLengths, phase: str, step: int
