@@ -289,22 +289,18 @@ def test_closing_raises_what_nobody_knows_of_yet(path, slow):
 
 def test_a_part_that_cannot_be_closed_breaks_the_writer(path, slow):
     """A part that makes room for one with other columns is closed in the background; that may fail like anything else."""
-    budget = 100_000
     slow.go_on.set()
-    writer = writer_at(path, background=True, memory_budget=budget)
+    writer = writer_at(path, background=True, memory_budget=1_400_000)  # enough for the buffers of one part
     append(writer, 0)
     writer.commit()
     append(writer, 1)
     slow.error = OSError(errno.ENOSPC, "No space left on device")
-    wide = {f"token/w{number}": [np.ones((5, 97), np.float32)] for number in range(3)}
-    with pytest.raises((OSError, BrokenWriterError)):  # noqa: PT012 - at any of them
-        writer.append(ids=[0], columns=wide)
-        writer.commit()
-    with pytest.raises((OSError, BrokenWriterError)):
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012 - here or there
+        writer.append(ids=[0], columns={"token/w": [np.ones((5, 97), np.float32)]})
         writer.commit()
     slow.error = None
     with pytest.raises(BrokenWriterError):
-        append(writer, 2)
+        writer.commit()
     check(path, 0)
 
 

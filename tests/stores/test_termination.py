@@ -240,18 +240,27 @@ def test_a_writer_that_another_thread_closed_does_not_keep_the_next_one_from_wat
 
 def test_an_error_does_not_swallow_the_signal(tmp_path):
     """It came while something was written that then failed."""
-    with writer_at(tmp_path / "a.zarr"), pytest.raises(SystemExit) as caught, termination.postponed():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0)
-        raise OSError("the disk is full")
+
+    def write() -> None:
+        with termination.postponed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError("the disk is full")
+
+    with writer_at(tmp_path / "a.zarr"), pytest.raises(SystemExit) as caught:
+        write()
     assert caught.value.code == 143
     assert isinstance(caught.value.__context__, OSError)
 
 
 def test_blocks_within_one_another_wait_for_the_outermost(tmp_path):
     done = []
-    with writer_at(tmp_path / "a.zarr"), pytest.raises(SystemExit), termination.postponed():
+
+    def write() -> None:
         with termination.postponed():
-            os.kill(os.getpid(), signal.SIGTERM)
-        done.append(1)
+            with termination.postponed():
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append(1)
+
+    with writer_at(tmp_path / "a.zarr"), pytest.raises(SystemExit):
+        write()
     assert done == [1]
