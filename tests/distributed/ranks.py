@@ -1,8 +1,7 @@
-"""What each rank runs in these tests, as a script of its own: `python ranks.py PROGRAM FOLDER [OPTIONS as JSON]`."""
+"""What each rank runs in these tests, as a script of its own: `python ranks.py PROGRAM FOLDER RANKS PORT OPTIONS`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -84,9 +83,11 @@ def own_batches(rank: int, world_size: int) -> Iterator[list[int]]:
 
 
 def go(recorder: Recorder, model: nn.Module, given: Iterator[list[int]], dies_at: int = -1) -> int:
-    """Record batches; the number that were run."""
+    """Record batches; the number that were run. One who dies before a batch has committed all but the last one before it."""
     run = 0
     for place, numbers in enumerate(given):
+        if place == dies_at - 1:
+            recorder.commit()
         if place == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         with torch.no_grad(), recorder.batch(ids=numbers, labels=labels(numbers)) as told:
@@ -125,15 +126,26 @@ def one_after_another(folder: Path) -> None:
 PROGRAMS = {"every_rank": every_rank, "one_rank": one_rank, "one_after_another": one_after_another}
 
 
-def main() -> None:
-    """One rank."""
-    program, folder, options = PROGRAMS[sys.argv[1]], Path(sys.argv[2]), json.loads(sys.argv[3])
-    torch.set_num_threads(1)
+def rank_of(rank: int, size: int, port: str, folder: Path, program: str, options: dict[str, Any]) -> None:
+    """One rank; leaves what its program returned beside the run."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo")
-    print(json.dumps(program(folder, **options)))
-    sys.stdout.flush()
-    with contextlib.suppress(RuntimeError):  # of a rank that was killed
-        dist.destroy_process_group()
+    found = PROGRAMS[program](folder, **options)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # there is nobody to say goodbye to where a rank was killed
+
+
+def main() -> None:
+    """Fork so many ranks, each a process of its own in one process group, once everything is imported."""
+    program, folder, size, port, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5])
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if not children[-1]:
+            rank_of(rank, size, port, folder, program, options)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "statuses.json").write_text(json.dumps(ended))
 
 
 if __name__ == "__main__":
