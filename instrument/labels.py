@@ -44,7 +44,7 @@ def _per_example(name: str, values: Any, examples: int) -> Any:
     if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != examples:
         got = len(values) if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
         raise BatchError(f"labels {name!r} must be one value per example, {examples} in all; got {got}")
-    return values if _is_text(values) else _row(name, values)
+    return _row(name, values)
 
 
 def _per_token(name: str, values: Any, stream: Stream) -> list[Any]:
@@ -76,10 +76,11 @@ def _rest(values: Any) -> tuple[int, ...]:
 
 
 def _row(name: str, values: Any) -> list[str] | Array:
+    """A copy: whoever gave the values may change them, while they wait to be written."""
     if _is_text(values):
         return list(values)
     try:
-        return as_numpy(values)
+        return as_numpy(values).copy()
     except ValueError as error:
         raise BatchError(f"labels {name!r}: {error}") from None
 

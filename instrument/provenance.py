@@ -17,11 +17,21 @@ from tensortape.stores.dtypes import as_numpy
 
 Json = dict[str, Any]
 _SAMPLE = 1 << 16  # values of a parameter that enter the fingerprint
+# Settings of a config that do not change what is computed: where it comes from, what is returned besides, names, generation.
+_NOT_COMPUTING = frozenset(
+    {
+        *("_commit_hash", "architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class"),
+        *("initializer_factor", "initializer_range", "bos_token_id", "eos_token_id"),
+    }
+)
 
 
 def about(model: nn.Module) -> dict[str, Json]:
     """The `model`, `provenance` and `fingerprint` of the run document."""
     config = getattr(model, "config", None)
+    recognised: Json = {"weights": fingerprint(model)}
     described: Json = {
         "class": _class_name(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -29,8 +39,9 @@ def about(model: nn.Module) -> dict[str, Json]:
     }
     if config is not None and hasattr(config, "to_dict"):
         described["config"] = _plain(config.to_dict())
+        recognised["config"] = _computing(described["config"])
         described["name"] = Path(str(getattr(config, "name_or_path", "") or "")).name
-    return {"model": described, "provenance": _versions(), "fingerprint": {"weights": fingerprint(model)}}
+    return {"model": described, "provenance": _versions(), "fingerprint": recognised}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -72,6 +83,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _computing(config: Json) -> Json:
+    """Those settings of a config, at any depth, that may change what the model computes."""
+    kept = {name: value for name, value in config.items() if name not in _NOT_COMPUTING and "attn_implementation" not in name}
+    return {name: _computing(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -74,7 +74,7 @@ def read(
     """Run the model over everything, or until `most` tokens are recorded."""
     with _bar(progress, reading.unit, reading.total) as bar:
         for turn in reading.turns(recorder.writer.committed_ids):
-            with recorder.batch(ids=turn.ids, labels=turn.labels) as batch:
+            with recorder.batch(ids=turn.ids, labels=turn.labels, targets=targets) as batch:
                 if batch.recorded:
                     entries = turn.entries()
                     inputs = {key: value for key, value in entries.items() if key not in turn.withheld}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -137,6 +137,7 @@ class Recorder:
         segments: torch.Tensor | None = None,
         forwards: Literal["one", "generate"] = "one",
         ends: int | Sequence[int] | None = None,
+        targets: Iterable[str] = (),
     ) -> Iterator[Batch]:
         """Record the one forward of the model that runs inside, and its backward: all of its examples in every column, or none.
 
@@ -148,6 +149,8 @@ class Recorder:
             segments: [B, T] integers, for rows that hold several examples: which one a position belongs to.
             forwards: `generate` for `model.generate(...)`: each forward continues the one before it, and tokens after an example's
                 end are left out. A forward that is given a filled KV cache continues without it, too.
+            targets: names of everything that is differentiated inside. A resumed run needs them to tell that it has all gradients
+                of a site that names no target itself; without them such batches are run again, and what is there is not written.
             ends: the tokens that end an example, where `generate` is given other ones than the model's generation_config names.
 
         Raises:
@@ -157,17 +160,15 @@ class Recorder:
         if forwards not in ("one", "generate"):
             raise ValueError(f"forwards is 'one' or 'generate', not {forwards!r}")
         given = Given(_checked(ids), labels or {}, tokens, mask, segments, forwards == "generate", ends)
-        batch = Batch(given, self._model, self._pins, recorded=not self._has_all(given))
-        if not batch.recorded:
-            yield batch
-            return
+        batch = Batch(given, self._model, self._pins, recorded=not self._has_all(given, set(targets)))
         self._batch = batch
         try:
-            with self._hooks(), self._tap_set.sending_to(batch):
+            with self._taking(batch):
                 yield batch
         finally:
             self._batch = None
-        self._write(batch)
+        if batch.recorded:
+            self._write(batch)
 
     @contextmanager
     def target(self, name: str, *, reduction: Reduction | None = None, factor: Any = 1.0, scaler: Any = None) -> Iterator[None]:
@@ -210,6 +211,15 @@ class Recorder:
         return f"<Recorder of {len(self._taps)} taps on {type(self._model).__name__} to {self.writer!r}>"
 
     @contextmanager
+    def _taking(self, batch: Batch) -> Iterator[None]:
+        """Let the taps send to a batch, if it is to be recorded."""
+        if not batch.recorded:
+            yield
+            return
+        with self._hooks(), self._tap_set.sending_to(batch):
+            yield
+
+    @contextmanager
     def _hooks(self) -> Iterator[None]:
         if self._stays:
             if not self._tap_set.attached:
@@ -219,18 +229,22 @@ class Recorder:
         with self._tap_set:
             yield
 
-    def _has_all(self, given: Given) -> bool:
+    def _has_all(self, given: Given, targets: set[str]) -> bool:
         """Whether a resumed run holds every example of a batch already."""
         if not self._resumes or given.examples is None:
             return False
-        recorded = [self._recorded_of(tap) for tap in self._taps]
+        recorded = [self._recorded_of(tap, targets) for tap in self._taps]
         wanted = set(given.labels).union(*recorded)
         return all(recorded) and not any(self.writer.missing(wanted, id_) for id_ in keys.normalise(given.ids))
 
-    def _recorded_of(self, tap: Tap) -> set[str]:
-        """The columns a resumed run has of a tap."""
-        columns = self.writer.columns.items()
-        return {name for name, column in columns if column.site is not None and column.site.get("tap") == tap.asked}
+    def _recorded_of(self, tap: Tap, targets: set[str]) -> set[str]:
+        """The columns a resumed run has of a tap; none where some may be missing."""
+        sites = {name: column.site for name, column in self.writer.columns.items() if column.site is not None}
+        found = {name: site["port"] for name, site in sites.items() if site.get("tap") == tap.asked}
+        if tap.site.is_gradient and tap.site.target is None:
+            held = {port.partition("@")[2] for port in found.values()}
+            return set(found) if targets and targets <= held else set()
+        return set(found)
 
     def _write(self, batch: Batch) -> None:
         found = batch.whole()

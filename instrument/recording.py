@@ -105,13 +105,8 @@ def record(
         items = _with_components(items, model, reading(first), settings)
     words = {"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {}
     recorder = Recorder(model, sites=items, to=to, mode=mode, durability=durability, fingerprint=words, **settings, **shared)
-    if recorder.has_gradients != bool(targets):
-        raise ValueError(
-            "sites with gradients need targets={'loss': function of (outputs, batch)} to differentiate"
-            if recorder.has_gradients
-            else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
-        )
     with recorder, _inference(unwrapped(model)):
+        _check_targets(recorder, targets)
         if texts is not None:
             _keep_tokenizer(recorder, tokenizer)
         room = Room(recorder.writer, checked=check_disk)
@@ -129,6 +124,15 @@ def _with_components(items: fitting.Items, model: nn.Module, reading: Reading, s
         with recorder, _inference(unwrapped(model)):
             read(reading, model, recorder, {}, room=Room(recorder.writer, checked=False), progress=False, most=most)
         return fitting.fitted_on(open_run(path), items)
+
+
+def _check_targets(recorder: Recorder, targets: Targets | None) -> None:
+    if recorder.has_gradients != bool(targets):
+        raise ValueError(
+            "sites with gradients need targets={'loss': function of (outputs, batch)} to differentiate"
+            if recorder.has_gradients
+            else "targets= are for sites with gradients, such as 'resid_post:out.grad' or 'attention.grad', and none is asked for"
+        )
 
 
 def _is_text(data: Any) -> bool:

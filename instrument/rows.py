@@ -34,8 +34,10 @@ def keep(rows: Rows, wanted: Array, names: Collection[str]) -> Rows:
     for name in (name for name in rows.columns if name in names):
         values = rows.columns[name]
         table = split(name)[0]
-        packed = is_ragged(table) and not isinstance(values, list)
-        columns[name] = values[tokens[table]] if packed else [values[number] for number in chosen]
+        if isinstance(values, list):
+            columns[name] = [values[number] for number in chosen]
+        else:
+            columns[name] = values[tokens[table] if is_ragged(table) else wanted]
     tables = {split(name)[0] for name in columns}
     lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items() if table in tables}
     nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items() if name in columns}

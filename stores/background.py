@@ -6,13 +6,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from .errors import BrokenWriterError
+
 Task = Callable[[], None]
 
 
 class Background:
     """Does tasks one after another in a thread of its own. Whoever adds more than the limit allows waits until there is room.
 
-    After a task has failed no other is begun, and the next call raises its error, once.
+    After a task has failed no other is begun. The next call raises its error, once; what is added or waited for after that is
+    refused.
 
     >>> done = []
     >>> background = Background(limit=1000)
@@ -28,8 +31,9 @@ class Background:
         self._limit = limit
         self._tasks: deque[tuple[int, Task]] = deque()
         self._held = 0  # bytes of all tasks that are not done
-        self._failed = False
+        self._busy = False
         self._error: BaseException | None = None
+        self._raised = False
         self._stopped = False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="tensortape-writer", daemon=True)
@@ -40,25 +44,31 @@ class Background:
         """Bytes that tasks hold which are not done yet."""
         return self._held
 
-    def add(self, size: int, task: Task) -> None:
-        """Do a task that holds `size` bytes, later; waits first while the tasks before it hold too much."""
+    def make_room(self, size: int) -> None:
+        """Wait while the tasks there are hold too much for one more of `size` bytes."""
         with self._change:
-            self._change.wait_for(lambda: self._failed or not self._held or self._held + size <= self._limit)
+            self._change.wait_for(lambda: self._idle or self._held + size <= self._limit)
             self._raise()
-            self._tasks.append((size, task))
-            self._held += max(size, 1)
+
+    def add(self, size: int, task: Task) -> None:
+        """Do a task that holds `size` bytes, later; makes room first."""
+        self.make_room(size)
+        with self._change:
+            self._held += size
             self._change.notify_all()
+            self._tasks.append((size, task))  # in one step and last: an interrupt leaves either all of it or nothing
 
     def wait(self) -> None:
         """Return when everything is done."""
         with self._change:
-            self._change.wait_for(lambda: self._failed or not self._held)
+            self._change.wait_for(lambda: self._idle)
             self._raise()
 
     def check(self) -> None:
         """Raise what a task has failed with, unless that has been raised."""
         with self._change:
-            self._raise()
+            if not self._raised:
+                self._raise()
 
     def stop(self) -> None:
         """End the thread after the task it is at, if any."""
@@ -67,10 +77,18 @@ class Background:
             self._change.notify_all()
         self._thread.join()
 
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is being done or will be."""
+        return not self._tasks and not self._busy
+
     def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._error is None:
+            return
+        if self._raised:
+            raise BrokenWriterError(f"nothing is written any more, since that failed before ({self._error})") from self._error
+        self._raised = True
+        raise self._error
 
     def _work(self) -> None:
         while True:
@@ -78,15 +96,16 @@ class Background:
                 self._change.wait_for(lambda: self._tasks or self._stopped)
                 if self._stopped:
                     return
+                self._busy = True
                 size, task = self._tasks.popleft()
             error = _done(task)
             del task  # and with it what it holds
             with self._change:
-                self._held -= max(size, 1)
+                self._busy = False
                 if error is not None:
-                    self._error, self._failed = error, True
+                    self._error, self._stopped = error, True
                     self._tasks.clear()
-                    self._stopped = True
+                self._held = self._held - size if self._tasks else 0
                 self._change.notify_all()
 
 

@@ -34,7 +34,7 @@ def add(place: Place, run: RunDocument, index: Index, parts: list[PartState], na
     writer = PartWriter(place, lambda: document, layout.DEFAULT_BUDGET)
     column = _cells(index, name, values, chosen)
     bounds = {} if column.lengths is None else {names.split(name)[0]: column.lengths}
-    given = {name: column, **start_columns(bounds, {}), **key_columns(*(column[chosen] for column in index.keys))}
+    given = {name: column, **start_columns(bounds), **key_columns(*(column[chosen] for column in index.keys))}
     runs.check_is(place, run.uid, place.root)
     writer.prepare(given, {})
     writer.append(given)

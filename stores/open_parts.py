@@ -39,18 +39,12 @@ class OpenParts:
     @property
     def started(self) -> bool:
         """Whether anything was appended."""
-        return any(part.state is not None for part in self._parts.values())
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Rows of each table in all parts, written or not."""
-        tables = {table for part in self._parts.values() for table in part.ahead}
-        return {table: sum(part.ahead.get(table, 0) for part in self._parts.values()) for table in tables}
+        return any(part.state is not None for part in self._open())
 
     @property
     def held_bytes(self) -> int:
         """Bytes that the next commit writes as tails."""
-        return sum(part.held_bytes for part in self._parts.values())
+        return sum(part.held_bytes for part in self._open())
 
     def describes(self, column: str) -> bool:
         """Whether an open part has that column, so that nothing can be said of it any more."""
@@ -85,8 +79,12 @@ class OpenParts:
 
     def commit(self, kind: str, assets: Mapping[str, str]) -> None:
         """Commit every part."""
-        for part in list(self._parts.values()):
+        for part in self._open():
             part.commit(kind, assets=assets)
+
+    def _open(self) -> list[PartWriter]:
+        """All of them, in one step: another thread may be opening one more."""
+        return list(self._parts.values())
 
     def _new(self, budget: int) -> PartWriter:
         return PartWriter(self._place, self._document, budget, self._known, self._compress)
@@ -95,7 +93,7 @@ class OpenParts:
 def _prepared(
     part: PartWriter, given: dict[str, Cells], lengths: Mapping[str, Array], descriptions: Mapping[str, Description]
 ) -> PartWriter:
-    whole = {**given, **start_columns(lengths, part.ahead)}
+    whole = {**given, **start_columns(lengths)}
     part.prepare(whole, descriptions)
     given.update(whole)
     return part

@@ -10,7 +10,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,6 @@ class PartWriter:
         self._written = 0
         self._nonfinite: dict[str, int] = {}
         self.state: PartState | None = None  # once there is something on disk
-        self.ahead: dict[str, int] = {}  # rows of every table with all that was prepared, written or not
 
     @property
     def columns(self) -> Iterable[str]:
@@ -129,13 +129,11 @@ class PartWriter:
             self._rows = dict.fromkeys(sorted({schema.table for schema in schemas.values()}), 0)
         layout.check(self._budget, 0, _size(given))
         self._check(given)
-        added = {self._schemas[name].table: column.rows for name, column in given.items()}
-        self.ahead = {table: self.ahead.get(table, 0) + rows for table, rows in added.items()}
 
     def append(self, given: dict[str, Cells], nonfinite: Mapping[str, int] = {}) -> None:
         """Add one row group: cells of every column, consistent with one another and prepared. `given` is emptied on the way.
 
-        `nonfinite` are rows per column that are known to hold NaN or infinity.
+        Its `start` columns count from its own first rows. `nonfinite` are rows per column that are known to hold NaN or infinity.
         """
         if self.state is None:
             self.state = claim(self._place, self._document())
@@ -143,6 +141,7 @@ class PartWriter:
         else:
             chain.check_open(self._place, self.state)
         added = {self._schemas[name].table: column.rows for name, column in given.items()}
+        given.update(self._moved(given))
         self._written += self._take_all(self.state.name, given)
         for table, rows in added.items():
             self._rows[table] += rows
@@ -150,14 +149,14 @@ class PartWriter:
             self._nonfinite[name] = self._nonfinite.get(name, 0) + int(count)
 
     def commit(self, kind: str = "commit", aligned: Sequence[tuple[str, int, int]] = (), assets: Mapping[str, str] = {}) -> None:
-        """Make everything appended so far visible; nothing, where there is nothing.
+        """Make everything appended so far visible; nothing, where there is nothing, or the part is closed.
 
         Args:
             kind: `closed` for the last commit of the part.
             aligned: which other parts' examples, [part, first, count] in order, these are.
             assets: SHA-256 digests of the files beside the tables.
         """
-        if self.state is None or (kind == "commit" and self._rows == self.state.rows):
+        if self.state is None or self.state.ended or (kind == "commit" and self._rows == self.state.rows):
             return
         chain.check_open(self._place, self.state)
         self._write_tails(self.state.name)
@@ -216,15 +215,20 @@ class PartWriter:
             schema = self._schemas[name]
             _check_kind(name, (schema.dtype, schema.shape), column)
 
+    def _moved(self, given: Mapping[str, Cells]) -> dict[str, Cells]:
+        """The `start` columns, counted from the part's first rows."""
+        own = {name: self._rows[table] for name in given if (table := name.removeprefix("example/start.")) != name}
+        return {name: replace(given[name], blocks=[block + rows for block in given[name].blocks]) for name, rows in own.items()}
+
     def _take_all(self, part: str, given: dict[str, Cells]) -> int:
         """Columns share nothing, so several threads take the wide ones: one cannot write and checksum at a raw file's speed."""
         wide = [name for name, column in given.items() if column.nbytes >= _WIDE_BYTES]
         narrow = [name for name in given if name not in wide]
-        written = sum(self._take(part, self._schemas[name], given.pop(name)) for name in narrow)
-        if not wide:
-            return written
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return written + sum(pool.map(lambda name: self._take(part, self._schemas[name], given.pop(name)), wide))
+
+        def take(name: str) -> int:
+            return self._take(part, self._schemas[name], given.pop(name))
+
+        return sum(map(take, narrow)) + (_in_threads(take, wide) if wide else 0)
 
     def _take(self, part: str, schema: ColumnSchema, column: Cells) -> int:
         pieces = (piece for block in column.blocks for piece in self._by_role(schema, block))
@@ -290,6 +294,19 @@ def group_folders(schemas: Iterable[ColumnSchema]) -> list[str]:
     return sorted({path.rpartition("/")[0] for path in paths} | {path.partition("/")[0] for path in paths})
 
 
+def _in_threads(take: Callable[[str], int], names: Sequence[str]) -> int:
+    """The sum of `take` over names, several at a time."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return sum(taken() for taken in [_begun(pool, take, name) for name in names])
+
+
+def _begun(pool: ThreadPoolExecutor, take: Callable[[str], int], name: str) -> Callable[[], int]:
+    try:
+        return pool.submit(take, name).result
+    except RuntimeError:  # at exit, where a forgotten writer is closed, no pool takes anything any more
+        return partial(take, name)
+
+
 def _size(given: Mapping[str, Cells]) -> int:
     return sum(column.nbytes for column in given.values())
 
@@ -323,11 +340,11 @@ def key_columns(ids: Array, phases: Array, steps: Array) -> dict[str, Cells]:
     }
 
 
-def start_columns(lengths: Mapping[str, Array], rows: Mapping[str, int]) -> dict[str, Cells]:
-    """`start.<table>` and `length.<table>` of the examples of one append, given the rows the part already has."""
+def start_columns(lengths: Mapping[str, Array]) -> dict[str, Cells]:
+    """`start.<table>` and `length.<table>` of the examples of one append, counted from its own first rows."""
     found = {}
     for table, length in lengths.items():
-        start = rows.get(table, 0) + np.cumsum(length) - length
+        start = np.cumsum(length) - length
         found[f"example/start.{table}"] = Cells("int64", (), [start], None)
         found[f"example/length.{table}"] = Cells("int64", (), [length], None)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Cells:
     def nbytes(self) -> int:
         """Bytes over all blocks."""
         return sum(block.nbytes for block in self.blocks)
+
+    def copied(self) -> Cells:
+        """The same values in memory of their own."""
+        return replace(self, blocks=[block.copy() for block in self.blocks])
 
 
 def cells(name: str, values: Any, examples: int, lengths: Lengths) -> Cells:

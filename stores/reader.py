@@ -14,6 +14,7 @@ from . import extension, names, projected, runs, selection
 from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .batches import Batches
 from .columns import Column, Table
+from .digest import digest
 from .dtypes import Array
 from .errors import AttentionNotRecordedError, GradientError, UnknownColumnError
 from .index import Index
@@ -366,6 +367,11 @@ class Run:
     def verify(self, *, quick: bool = False) -> Verification:
         """Read every committed byte (`quick`: look at sizes only) and compare it with its commit record."""
         return verify_place(self._place, quick=quick)
+
+    def digest(self) -> str:
+        """SHA-256 of all keys, lengths and values, by key: the same for runs that hold the same, however they came about."""
+        columns = [column for table in self.tables.values() for column in table.values()]
+        return digest(self.keys, [column for column in columns if not names.is_bookkeeping(column.name)])
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one."""

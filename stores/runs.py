@@ -44,8 +44,8 @@ def start(place: Place, mode: str, document: RunDocument) -> RunDocument:
     Returns:
         The document that counts: another's, if a writer of the same session was quicker.
     """
-    if mode == "overwrite" and _is_taken(place) and not _begun_by(place, document.session):
-        _rename_aside(_folder(place))
+    if mode == "overwrite" and _is_taken(place):
+        _make_way(_folder(place), document.session)
     place.replace(f"parts/{ROOT}", [zarr_documents.group()])
     try:
         place.create(ROOT, [zarr_documents.group(document.to_attributes())])
@@ -143,15 +143,44 @@ def _continued(place: Place, about: dict[str, Json]) -> RunDocument:
 
 
 def _differences(old: Json, new: Json) -> list[str]:
+    """What both say, and say differently; of objects within, too."""
+
     def shown(value: Any) -> str:
         return repr(value)[:60]
 
-    return [f"{key} was {shown(old[key])} and is now {shown(new[key])}" for key in old.keys() & new.keys() if old[key] != new[key]]
+    found: list[str] = []
+    for key in (key for key in old.keys() & new.keys() if old[key] != new[key]):
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            found += [f"{key}.{difference}" for difference in _differences(old[key], new[key])]
+        else:
+            found.append(f"{key} was {shown(old[key])} and is now {shown(new[key])}")
+    return found
 
 
-def _rename_aside(place: LocalPlace) -> None:
-    uid = read_document(place, place.root).uid
-    aside = place.root.with_name(f"{place.root.name}.old-{uid[:8]}")
-    if aside.exists():
-        raise RunExistsError(f"{aside} exists already; move it away before overwriting {place.root} once more")
-    place.root.rename(aside)
+def _make_way(place: LocalPlace, session: str) -> None:
+    """Rename the run at a place aside, unless the same session has begun it.
+
+    The new name tells which run it is, and a folder is never renamed onto one with something in it. So of several writers that
+    do this at once one succeeds, and none takes the run that another has begun in the meantime for the old one.
+    """
+    there = _uid_unless_begun_by(place, session)
+    if there is None:
+        return
+    aside = place.root.with_name(f"{place.root.name}.old-{there[:8]}")
+    try:
+        place.root.rename(aside)
+    except OSError:
+        if _uid_unless_begun_by(place, session) != there:
+            return
+        if aside.exists():
+            raise RunExistsError(f"{aside} exists already; move it away before overwriting {place.root} once more") from None
+        raise
+
+
+def _uid_unless_begun_by(place: LocalPlace, session: str) -> str | None:
+    """The identity of the run at a place; None for one of this session, or none at all."""
+    try:
+        document = read_document(place, place.root)
+    except NotARunError:
+        return None
+    return None if document.session == session else document.uid

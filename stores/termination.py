@@ -6,6 +6,7 @@ raises SystemExit instead, like `sys.exit(143)`: `with` blocks end, and what is 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ def watch() -> bool:
     global _open
     if threading.current_thread() is not threading.main_thread():
         return False
-    if not _open and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not _open and signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _exit):
         return False
     if not _open:
         signal.signal(signal.SIGTERM, _exit)
@@ -51,9 +52,9 @@ def postponed() -> Iterator[None]:
         yield
     finally:
         _writing -= 1
-    if _asked and not _writing:
-        _asked = False
-        raise SystemExit(_STATUS)
+        if _asked and not _writing:
+            _asked = False
+            raise SystemExit(_STATUS)
 
 
 def _exit(*_: Any) -> None:
@@ -62,3 +63,15 @@ def _exit(*_: Any) -> None:
         _asked = True
         return
     raise SystemExit(_STATUS)
+
+
+def _forget() -> None:
+    """In a forked child, whose writers are the parent's, SIGTERM ends the process at once again."""
+    global _open, _writing, _asked
+    _open = _writing = 0
+    _asked = False
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)

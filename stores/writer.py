@@ -6,7 +6,7 @@ import atexit
 import json
 import os
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -101,13 +101,14 @@ class RunWriter:
         self._assets: dict[str, bytes] = {}
         self._asset_digests: dict[str, str] = {}
         self._descriptions: dict[str, Description] = {}
-        self._pending: set[bytes] = set()
+        self._pending: dict[bytes, frozenset[str]] = {}  # columns of the examples that are not committed
         self._uncommitted: list[Written] = []
         self._committed: deque[Written] = deque()
         self._cadence = Cadence(commit_seconds, commit_bytes)
         self._broken: BaseException | None = None
         self._closed = False
         self.appended_bytes = 0
+        self._rows: Counter[str] = Counter()
         self._pid = os.getpid()
         self._parts = OpenParts(self._place, self._part_document, memory_budget, before.columns, compress or codecs.NONE)
         self._background = Background(memory_budget // 2) if background else None
@@ -117,15 +118,16 @@ class RunWriter:
     @property
     def committed_ids(self) -> Held:
         """What the run holds: `x in writer.committed_ids` takes an id or a whole (id, phase, step)."""
-        while self._committed:
+        while self._committed:  # filled by the background thread
             written = self._committed.popleft()
             self._held.add(written.columns, written.digests)
-            self._pending.difference_update(written.digests)
+            for digest in written.digests:
+                self._pending.pop(digest, None)
         return self._held
 
     def missing(self, columns: Iterable[str], id_: str | int, phase: str = keys.PHASE, step: int = keys.STEP) -> frozenset[str]:
-        """Those of the columns that the run does not have for an example yet."""
-        return frozenset(columns) - self.committed_ids.columns(keys.digest(id_, phase, step))
+        """Those of the columns that the run does not have for an example yet, nor will have with the next commit."""
+        return frozenset(columns) - self._columns_of(keys.digest(id_, phase, step))
 
     @property
     def uid(self) -> str:
@@ -135,7 +137,7 @@ class RunWriter:
     @property
     def rows(self) -> Mapping[str, int]:
         """Rows of each table appended so far."""
-        return self._parts.rows
+        return self._rows
 
     def describe(
         self,
@@ -180,7 +182,7 @@ class RunWriter:
         step: int = keys.STEP,
         nonfinite: Mapping[str, int] | None = None,
     ) -> None:
-        """Append examples: all of them, in every column, or none.
+        """Append examples: all of them, in every column, or none. What is given may be changed afterwards.
 
         Args:
             ids: text or integers, one per example; with phase and step they must be new to the run.
@@ -194,7 +196,8 @@ class RunWriter:
             SchemaError, KeyRepeatedError, DiskShortError: nothing was appended. Any other OSError: the writer is unusable, what was
             committed stands.
         """
-        self.drain(ids=ids, columns=dict(columns), lengths=lengths, phase=phase, step=step, nonfinite=nonfinite)
+        copies = self._background is not None
+        self._add(dict(columns), ids, lengths or {}, phase, step, dict(nonfinite or {}), copies=copies)
 
     def drain(
         self,
@@ -206,25 +209,43 @@ class RunWriter:
         step: int = keys.STEP,
         nonfinite: Mapping[str, int] | None = None,
     ) -> None:
-        """As `append`, but empties `columns`, so that the memory of each column may go as soon as it is in the buffers."""
+        """As `append`, but takes the values over and empties `columns`, so that their memory goes once it is in the buffers."""
+        self._add(columns, ids, lengths or {}, phase, step, dict(nonfinite or {}), copies=False)
+
+    def _add(
+        self,
+        columns: dict[str, Any],
+        ids: Any,
+        lengths: GivenLengths,
+        phase: str,
+        step: int,
+        nonfinite: dict[str, int],
+        *,
+        copies: bool,
+    ) -> None:
         self._check_usable()
         ids = keys.normalise(ids)
         keys.check_key(phase, step)
         if not ids:
             return
-        digests = self._check_ids(ids, phase, step, columns)
-        given, found = self._cells(ids, columns, lengths or {}, phase, int(step))
-        written = Written(frozenset(columns), digests)
+        written = Written(frozenset(columns), self._check_ids(ids, phase, step, columns))
+        given, found = self._cells(ids, columns, lengths, phase, int(step))
         self._check_held(ids, written, found)
         size = sum(column.nbytes for column in given.values())
+        rows = {names.split(name)[0]: column.rows for name, column in given.items()}
         self.check_disk(size, "what is to be appended")
+        if self._background is not None:
+            self._background.make_room(size)  # before anything is changed: whoever waits may be interrupted
+        if copies:
+            given = {name: column.copied() for name, column in given.items()}
         part = self._parts.prepare(given, found, self._descriptions, self._retire)
         columns.clear()
         self._id_kind = keys.kind_of(ids)
         self._new_columns = self._new_columns or self._columns_if_new(written)
-        self._pending.update(digests)
+        self._do(size, partial(self._append, part, given, written, nonfinite))
         self.appended_bytes += size
-        self._do(size, partial(self._append, part, given, written, dict(nonfinite or {})))
+        self._rows.update(rows)
+        self._pending.update(dict.fromkeys(written.digests, written.columns))
 
     def check_disk(self, nbytes: int, what: str) -> None:
         """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
@@ -244,16 +265,20 @@ class RunWriter:
         self._wait()
 
     def close(self) -> None:
-        """Commit and close the part; the writer cannot be used afterwards. Closing twice does nothing."""
+        """Commit and close the part; the writer cannot be used afterwards. Closing twice does nothing.
+
+        Whoever interrupts it with Ctrl-C leaves what is still to be written to be written at exit.
+        """
         if self._closed or os.getpid() != self._pid:
             return
-        self._closed = True
-        atexit.unregister(self.close)
-        try:
-            if self._broken is None:
-                self._do(0, partial(self._commit, "closed"))
-            self._wait()
-        finally:
+        with termination.postponed():
+            try:
+                self._finish()
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                self._release()
+                raise
             self._release()
 
     def __enter__(self) -> Self:
@@ -265,6 +290,14 @@ class RunWriter:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken is not None else "open"
         return f"<RunWriter {self.path} {state}: {len(self.committed_ids)} examples committed, {len(self._pending)} pending>"
+
+    def _finish(self) -> None:
+        """Commit what is left, unless writing has failed; raise that if nobody knows of it yet."""
+        if self._broken is None:
+            self._do(0, partial(self._commit, "closed"))
+            self._wait()
+        elif self._background is not None:
+            self._background.check()
 
     def _taken_over(self) -> Holdings:
         """What the run holds, once nobody else adds to it."""
@@ -283,6 +316,8 @@ class RunWriter:
             self._background.wait()
 
     def _release(self) -> None:
+        self._closed = True
+        atexit.unregister(self.close)
         if self._background is not None:
             self._background.stop()
         if self._watched:
@@ -291,12 +326,13 @@ class RunWriter:
 
     def _append(self, part: PartWriter, given: dict[str, Cells], written: Written, nonfinite: Mapping[str, int]) -> None:
         size = sum(column.nbytes for column in given.values())
-        with _Breaks(self), termination.postponed():
-            self._start()
-            part.append(given, nonfinite)
-        self._uncommitted.append(written)
-        if self._cadence.due(size, self._parts.held_bytes):
-            self._commit_pending()
+        with termination.postponed():
+            with _Breaks(self):
+                self._start()
+                part.append(given, nonfinite)
+            self._uncommitted.append(written)
+            if self._cadence.due(size, self._parts.held_bytes):
+                self._commit_pending()
 
     def _commit_pending(self) -> None:
         if self._uncommitted:
@@ -305,15 +341,21 @@ class RunWriter:
     def _commit(self, kind: str) -> None:
         if not self._parts.started:
             return
-        with _Breaks(self), termination.postponed(), self._cadence:
-            runs.check_is(self._place, self._run.uid, self.path)
-            self._parts.commit(kind, self._asset_digests)
-        self._committed.extend(self._uncommitted)
-        self._uncommitted = []
+        with termination.postponed():
+            with _Breaks(self), self._cadence:
+                runs.check_is(self._place, self._run.uid, self.path)
+                self._parts.commit(kind, self._asset_digests)
+            self._committed.extend(self._uncommitted)
+            self._uncommitted = []
 
     def _retire(self, part: PartWriter) -> None:
         """Close a part before the others."""
-        self._do(0, partial(part.commit, "closed"))
+        self._do(0, partial(self._close_part, part))
+
+    def _close_part(self, part: PartWriter) -> None:
+        with termination.postponed(), _Breaks(self):
+            runs.check_is(self._place, self._run.uid, self.path)
+            part.commit("closed", assets=self._asset_digests)
 
     def _start(self) -> None:
         """What has to be on disk before the first part: the run, unless it is there, and files beside its tables."""
@@ -321,9 +363,9 @@ class RunWriter:
             self._run = runs.start(self._place, self._mode, self._run)
             self._started = True
         runs.check_is(self._place, self._run.uid, self.path)
-        for name, content in self._assets.items():
+        while self._assets:  # more may be added meanwhile
+            name, content = self._assets.popitem()
             self._asset_digests[name] = runs.keep_asset(self._place, name, content)
-        self._assets = {}
 
     def _part_document(self) -> PartDocument:
         return PartDocument(
@@ -352,11 +394,20 @@ class RunWriter:
             raise SchemaError(f"this run's ids are {self._id_kind}, but got {ids[0]!r}; ids are of one kind throughout a run")
         keys.check_unique(ids)
         digests = keys.digests(ids, phase, step)
-        held = self.committed_ids
+        wanted = frozenset(columns)
         for id_, digest in zip(ids, digests, strict=True):
-            if digest in self._pending or (held.has(digest) and not held.columns(digest).isdisjoint(columns)):
+            if self._has(digest) and (not wanted or self._columns_of(digest) & wanted):
                 raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
+        if not self._pending.keys().isdisjoint(digests):
+            self.commit()  # they get further columns, and what the run has of them is looked up there
         return digests
+
+    def _has(self, digest: bytes) -> bool:
+        return digest in self._pending or self.committed_ids.has(digest)
+
+    def _columns_of(self, digest: bytes) -> frozenset[str]:
+        """The columns an example has, or will have with the next commit."""
+        return self.committed_ids.columns(digest) | self._pending.get(digest, frozenset())
 
     def _check_held(self, ids: keys.Ids, written: Written, lengths: Mapping[str, Array]) -> None:
         """Examples that are new need the columns of every new one; those the run has need as many rows as they have."""
@@ -364,7 +415,7 @@ class RunWriter:
         if new and self._new_columns and new != self._new_columns:
             missing, added = sorted(self._new_columns - new), sorted(new - self._new_columns)
             raise SchemaError(f"every append needs the same columns as the first; missing: {missing}, new: {added}")
-        held = np.array([self._held.has(digest) for digest in written.digests], bool)
+        held = np.array([self.committed_ids.has(digest) for digest in written.digests], bool)
         there = [digest for digest, known in zip(written.digests, held, strict=True) if known]
         if not there:
             return
@@ -382,7 +433,7 @@ class RunWriter:
 
     def _columns_if_new(self, written: Written) -> frozenset[str] | None:
         """The columns of an append, if any of its examples is new to the run."""
-        return None if all(map(self._held.has, written.digests)) else written.columns
+        return None if all(map(self.committed_ids.has, written.digests)) else written.columns
 
     def _cells(
         self, ids: keys.Ids, columns: Mapping[str, Any], lengths: GivenLengths, phase: str, step: int
