@@ -121,14 +121,14 @@ SCENARIOS = [
         "P1 P2 P3 P4",
         power_loss.power_loss,
         {"fates": 3, "every": 151},
-        {"fates": 6},
+        {"fates": 4},
     ),
     Scenario(
         "power loss with durability='rename': nothing but what was recorded is read",
         "P4 P5",
         power_loss.power_loss_without_fsync,
         {"fates": 3, "every": 13},
-        {"fates": 6},
+        {"fates": 4},
     ),
     Scenario("one flipped bit", "P5", _expected(damage.flips), {"count": 44, "seed": 2}, {"count": 2000, "seed": 1}),
     Scenario(
