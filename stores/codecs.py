@@ -90,8 +90,10 @@ def expand(frame: Array, name: str, nbytes: int) -> Array:
     """The bytes of a chunk of `nbytes`, uint8; DamagedError for a frame of anything else."""
     codec = CODECS[name]
     content, own = codec.stated(frame[:_HEAD].tobytes())
-    if content != nbytes or own not in (None, len(frame)):
+    if content != nbytes:
         raise DamagedError(f"a {name} frame of {len(frame)} bytes states {content} bytes of content, where a chunk has {nbytes}")
+    if own not in (None, len(frame)):
+        raise DamagedError(f"a {name} frame of {len(frame)} bytes states that it has {own}")
     out = np.empty(nbytes, np.uint8)
     try:
         codec.coder.decode(frame, out)
