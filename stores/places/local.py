@@ -50,8 +50,8 @@ class LocalPlace:
             partial.replace(final)
 
     def remove(self, path: str) -> None:
-        """Remove an object."""
-        (self.root / path).unlink()
+        """Remove an object, if it is there."""
+        (self.root / path).unlink(missing_ok=True)
         self._note((self.root / path).parent)
 
     def settle(self) -> None:
