@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -92,6 +93,26 @@ class PlaceContract:
         place.replace("a", buffers)
         assert place.size("a") > 16 << 20
         assert place.read("a") == b"".join(buffers)
+
+    def test_an_object_is_there_until_it_is_removed(self, place: Place) -> None:
+        place.create("a/b", [b"x"])
+        place.create("a/c", [b"y"])
+        assert place.exists("a/b")
+        for _ in range(2):  # the second time there is nothing to do
+            place.remove("a/b")
+            place.settle()
+            assert not place.exists("a/b")
+        assert (place.names("a"), place.unfinished("a")) == (["c"], [])
+
+    def test_there_is_room_or_no_end(self, place: Place) -> None:
+        free = place.free()
+        assert free is None or free > 0
+
+    def test_a_copy_by_pickle_is_the_same_place(self, place: Place) -> None:
+        """In a process that was spawned."""
+        place.create("a", [b"x"])
+        copy = pickle.loads(pickle.dumps(place))
+        assert (copy.root, copy.read("a")) == (place.root, b"x")
 
     def test_names_are_sorted_and_without_unfinished_ones(self, place: Place) -> None:
         for name in ("f/b", "f/a", "f/10", "f/2", "f/deeper/x", "f/deeper/y", "f/.c.0.d41d8cd9.partial", "fg/z"):

@@ -53,7 +53,7 @@ class Place(Protocol):
         """Write an object, new or not, in one atomic step."""
 
     def remove(self, path: str) -> None:
-        """Remove an object; FileNotFoundError without one."""
+        """Remove an object, if it is there."""
 
     def settle(self) -> None:
         """Return when everything written so far survives a power loss (as far as the place's durability goes)."""

@@ -56,8 +56,8 @@ class LocalPlace:
             partial.replace(final)
 
     def remove(self, path: str) -> None:
-        """Remove an object."""
-        self._at(path).unlink()
+        """Remove an object, if it is there."""
+        self._at(path).unlink(missing_ok=True)
         self._note(self._at(path).parent)
 
     def settle(self) -> None:

@@ -34,7 +34,10 @@ PIECE = 8 << 20  # a larger one than this is uploaded in pieces, each of which c
 _PROBE = f".create{PARTIAL}"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PROCESSES: set[int] = set()  # that have made requests: this one, and one that it was forked from
-_RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=30)}
+_DEFAULTS: dict[str, Any] = {
+    "retry_config": {"max_retries": 10, "retry_timeout": timedelta(seconds=30)},
+    "disable_bulk_delete": True,  # not every service has it
+}
 
 
 class ObjectPlace:
@@ -81,7 +84,7 @@ class ObjectPlace:
         return self._ask(path, lambda: bytes(obstore.get(self._store, path).bytes()))
 
     def remove(self, path: str) -> None:
-        """Remove an object."""
+        """Remove an object, if it is there."""
         self._ask(path, lambda: obstore.delete(self._store, path))
 
     def exists(self, path: str) -> bool:
@@ -153,8 +156,9 @@ class ObjectPlace:
         """Whether an object was created. An answer may get lost, or be the refusal of a request that was repeated because of that;
         the service may also refuse a request because of another one, of which nothing stays. So what is there decides.
         """
-        if self._exclusive and self._found(path) is not None:
-            return False
+        there = self._found(path) if self._exclusive else None
+        if there is not None:
+            return there == content
         try:
             self._put(path, content, "overwrite" if self._exclusive else "create")
             return True
@@ -218,7 +222,7 @@ def _is_name(part: str) -> bool:
 
 def _store(bucket: str, prefix: str, options: dict[str, Any]) -> S3Store:
     try:
-        return S3Store(bucket, prefix=prefix, **{"retry_config": _RETRY, **options})
+        return S3Store(bucket, prefix=prefix, **{**_DEFAULTS, **options})
     except (BaseError, TypeError, ValueError) as error:
         kind = type(error).__name__
     raise ValueError(

@@ -29,6 +29,7 @@ from tensortape.stores.errors import (
     StoreError,
     UnsafePlaceError,
 )
+from tensortape.stores.leftovers import remove_leftovers
 from tensortape.stores.verify import verify_run
 
 LENGTHS = [5, 0, 13, 1, 30, 7, 21]
@@ -379,6 +380,32 @@ def test_a_reading_that_failed_can_be_tried_again(wide, failing, traffic):
     with pytest.raises(ConnectionError, match=r"token/h/c.0.0: the service answered 503 SlowDown"):
         column[7]
     assert same_bits(column[7], values[7 * 149 : 8 * 149])
+
+
+def test_leftovers_are_removed(url, direct, bucket):
+    with writer_to(url, direct) as writer:
+        write(writer, stop=2)
+    before = objects(bucket, url)
+    bucket.put_object(Key=key(url, "parts/p000000/token/h/c.99.0"), Body=b"of a writer that was killed")
+    assert remove_leftovers(url, storage_options=direct) == ["parts/p000000/token/h/c.99.0"]
+    assert objects(bucket, url) == before
+
+
+@pytest.mark.parametrize("compress", ["lz4", "zstd"])
+def test_compressed_columns_are_fetched_by_ranges_too(s3, failing, traffic, compress):
+    """A frame, and the index of its shard."""
+    url, rng = f"s3://{BUCKET}/{compress}.zarr", np.random.default_rng(5)
+    values = rng.integers(0, 4, (40 * 1024, 64)).astype(np.float32)
+    with small_chunks(1024, 1 << 18, 40 << 18), RunWriter(url, storage_options=options(s3)) as writer:
+        writer.describe("token/h", compress=compress)
+        writer.append(ids=["a"], columns={"token/h": [values]})
+    column = open_run(url, storage_options=failing)["token/h"]
+    column.rows([0])
+    before = traffic.sent["GET"]
+    assert same_bits(column.rows([30_000, 30_001]), values[30_000:30_002])
+    assert 0 < traffic.sent["GET"] - before < 1 << 17
+    assert same_bits(column.rows(), values)
+    assert verify_run(url, storage_options=failing).ok
 
 
 def test_a_forked_process_is_told_that_it_cannot_read(whole, s3_environment):
