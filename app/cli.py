@@ -100,7 +100,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recording will take in bytes, files, memory, time and money, before anything runs."""
-    from . import costs, differentiated, models
+    from . import costs, differentiated, models, plan_lines
     from . import plan as planning
 
     differentiated.check_attention(attention)
@@ -119,7 +119,7 @@ def plan(
         for kind in (("qk", "weights") if attention == "auto" else (attention,))
     ]
     found = min(plans, key=lambda one: one.nbytes)
-    _print(found.to_json() if as_json else found, planning.lines, as_json=as_json)
+    _print(found.to_json() if as_json else found, plan_lines.lines, as_json=as_json)
 
 
 @app.command()

@@ -6,9 +6,8 @@ a few tokens. The rest is multiplication.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensortape.instrument.errors import UnsupportedModelError
 from tensortape.instrument.recording import BATCH_TOKENS
+from tensortape.instrument.rehearsal import call
 from tensortape.instrument.sites import Selection
 from tensortape.stores import layout
 
-from .costs import Costs, Rates, money
+from .costs import Costs, Rates
 from .planned import PlannedArray, inputs, planned
 
 LONGEST = 2048
@@ -140,74 +140,8 @@ def plan(
     )
 
 
-def lines(found: Plan) -> Iterator[str]:
-    """A plan for people."""
-    costs, rates = found.costs, found.costs.rates
-    yield f"{found.model}, {found.parameters / 1e6:,.1f} M parameters ({size(found.parameter_bytes)})"
-    yield f"{found.tokens:,} tokens in {found.examples:,} examples of {found.max_length:,}"
-    yield f"  {'bytes per token':>15} {'in all':>10}"
-    for number, arrays in _groups(found.arrays):
-        nbytes = sum(array.nbytes for array in arrays)
-        yield f"  {nbytes / found.tokens:>15,.1f} {size(nbytes):>10}  {_group_name(arrays, number)}"
-    yield f"  {found.nbytes / found.tokens:>15,.1f} {size(found.nbytes):>10}  in all"
-    yield f"objects: {found.shards:,} shards, {found.documents:,} documents"
-    more = " (the default would be refused)" if found.least_budget > layout.DEFAULT_BUDGET else ""
-    yield f"host memory: a budget of {size(found.budget)}, at least {size(found.least_budget)}{more}"
-    yield (
-        f"time: {duration(costs.seconds)}, which the {costs.bottleneck} decides: forward {duration(costs.forward_seconds)} on "
-        f"{rates.gpus} GPU at {costs.tokens_per_second:,.0f} tokens/s{_source(rates)}, disk {duration(costs.disk_seconds)} at "
-        f"{size(rates.disk_bytes_per_second)}/s"
-    )
-    yield (
-        f"cost: {money(costs.usd_per_month)} per month at {rates.storage_price:g} USD per GB; computing it again "
-        f"{money(costs.usd_to_recompute)}, {costs.gpu_hours:,.1f} GPU hours at {rates.gpu_price:g} USD"
-    )
-    yield costs.verdict
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.2f} PB"
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
-
-
-def _groups(arrays: tuple[PlannedArray, ...]) -> Iterator[tuple[int, list[PlannedArray]]]:
-    """Arrays of one kind together, whichever layer they are of; what belongs to no site last. With the number of columns."""
-
-    def kind(array: PlannedArray) -> tuple[Any, ...]:
-        table, port = array.column.partition("/")[0], array.column.rpartition(":")[2]
-        return (0, table, port, array.role, array.dtype, array.shape) if array.is_of_site else (1,)
-
-    for _, group in groupby(sorted(arrays, key=kind), key=kind):
-        found = list(group)
-        yield len({array.column for array in found}), found
-
-
-def _group_name(arrays: list[PlannedArray], columns: int) -> str:
-    first = arrays[0]
-    if not first.is_of_site:
-        return "tokens, text, positions, keys"
-    several = f" and {columns - 1} more" if columns > 1 else ""
-    return f"{first.dtype} [{', '.join(map(str, first.shape))}] {first.column}{several}"
-
-
 def _kinds(arrays: tuple[PlannedArray, ...]) -> list[tuple[tuple[int, ...], int]]:
     return [(array.shape, array.itemsize) for array in arrays]
-
-
-def _source(rates: Rates) -> str:
-    """Where tokens per second come from, unless they were measured."""
-    return "" if rates.gpu_tokens_per_second else f" (if it achieves {rates.gpu_flops / 1e12:,.0f} TFLOP/s)"
 
 
 def _longest(model: nn.Module) -> int:
@@ -222,6 +156,12 @@ def _passes(arrays: tuple[PlannedArray, ...]) -> int:
 
 def _flops_per_token(model: nn.Module, length: int) -> float:
     """Of the forward of an example of so many tokens, its attention included."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**inputs(1, length))
+    known = (getattr(torch.ops.aten, "_grouped_mm", None), getattr(torch.ops.transformers, "grouped_mm_fallback", None))
+    with FlopCounterMode(display=False, custom_mapping={op: _of_experts for op in known if op is not None}) as counter:
+        call(model, inputs(1, length))
     return float(counter.get_total_flops() / length)
+
+
+def _of_experts(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of rows [n, d], each with one of several matrices [experts, d, features]; torch's counter does not know this operation."""
+    return 2 * rows[0] * rows[1] * weights[-1]

@@ -184,7 +184,8 @@ class Batch:
     def rows(self, found: Step, known: Mapping[str, Any]) -> Rows:
         """The batch for the writer. `known` tells what an absent column looks like: a row of zeros by column name."""
         ids = self._ids(found)
-        columns: dict[str, Any] = dict(_bookkeeping(found))
+        said: dict[str, Any] = dict(_bookkeeping(found))
+        columns = dict(said)
         lengths: dict[str, Any] = {table_of(name): stream.lengths for name, stream in found.streams.items()}
         nonfinite, draws = {}, Draws(ids)
         for taken in map(draws.of, found.captures.values()):
@@ -196,7 +197,7 @@ class Batch:
             columns[column], lengths[split(column)[0]] = known[column], [0] * len(ids)
         by_table = {table_of(name): stream for name, stream in found.streams.items()}
         labels = label_columns(self.given.labels, by_table, len(ids))
-        columns.update({**labels, **draws.beside({**_bookkeeping(found), **labels})})
+        columns.update({**labels, **draws.beside({**said, **labels})})
         used = {split(name)[0] for name, values in columns.items() if not isinstance(values, list)}
         return Rows(ids, columns, {name: lengths[name] for name in lengths if name in used}, nonfinite)
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from .anatomy import stacks
 from .batch import Batch, Given
 from .capture import Pins
-from .errors import InstrumentError, UnsupportedModelError
+from .errors import UnsupportedModelError
 from .fitting import items_of
 from .pca import PCA
 from .rows import Rows
@@ -45,8 +46,7 @@ def rehearse(
     batch = Batch(Given(ids, labels), model, Pins(aliases_by_site(model), stacks(model)))
     shown = _Zeros(model, taps)
     with shown, shown.sending_to(batch):
-        with torch.no_grad():
-            _call(model, inputs)
+        call(model, inputs)
         if any(tap.site.is_gradient for tap in taps) and batch.error is None:
             batch.target = Target(reduction="sum")
             torch.autograd.backward([leaf.sum() for leaf in shown.leaves])
@@ -79,7 +79,11 @@ class _Zeros(TapSet):
         super().__init__(model, taps)
 
     def _guard(self, hook: Callable[..., None]) -> Callable[..., None]:
-        return super()._guard(lambda *given: hook(*pytree.tree_map_only(torch.Tensor, self._zeros, given)))
+        def shown(*given: Any) -> None:
+            with unset_fake_temporarily():
+                hook(*pytree.tree_map_only(torch.Tensor, self._zeros, given))
+
+        return super()._guard(shown)
 
     def _zeros(self, tensor: torch.Tensor) -> torch.Tensor:
         found = torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -88,13 +92,18 @@ class _Zeros(TapSet):
         return found
 
 
-def _call(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+def call(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Run a model that is on the meta device; UnsupportedModelError where it needs values.
+
+    With fake tensors, which are those of the meta device under the name by which transformers knows not to look at values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    faked = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
     try:
-        model(**inputs)
-    except InstrumentError:
-        raise
+        with torch.no_grad(), mode:
+            model(**faked)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UnsupportedModelError(
             f"the forward of {type(model).__name__} cannot be rehearsed without weights, because it needs values and not only "
-            f"shapes ({error}); record a small sample instead, and multiply"
+            f"shapes, or other arguments than {', '.join(inputs)} ({error}); record a small sample instead, and multiply"
         ) from error

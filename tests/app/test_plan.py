@@ -7,14 +7,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from tensortape.app import cli, models
 from tensortape.app.costs import Costs, Rates
-from tensortape.app.plan import Plan, duration, lines, plan, size
+from tensortape.app.plan import Plan, plan
+from tensortape.app.plan_lines import duration, lines, size
 from tensortape.instrument import Site, record
 from tensortape.instrument.errors import SiteNotFoundError, UnsupportedModelError
 from tensortape.stores import Run, open_run
@@ -32,13 +34,13 @@ LLAMA_70B = LlamaConfig(
 )
 
 
-def on_meta(config: LlamaConfig) -> LlamaForCausalLM:
+def on_meta(kind: Any, config: Any) -> Any:
     """A model without weights, in bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM(config).eval()
+            return kind(config).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -46,7 +48,7 @@ def on_meta(config: LlamaConfig) -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def large() -> Plan:
     """The reference figures: 70 B parameters, the residual stream of all layers, 10^9 tokens."""
-    return plan(on_meta(LLAMA_70B), "resid_post", 10**9)
+    return plan(on_meta(LlamaForCausalLM, LLAMA_70B), "resid_post", 10**9)
 
 
 def test_a_model_of_70_billion_parameters(large: Plan) -> None:
@@ -147,6 +149,15 @@ def test_gradients_and_their_backward() -> None:
     of_gradients = {name: count for name, count in graded.bytes_per_token.items() if name.endswith(":out.grad@loss")}
     assert list(of_gradients.values()) == [4 * 128.0] * 6
     assert graded.costs.flops_per_token == 2 * plain.costs.flops_per_token
+
+
+def test_the_operations_of_experts() -> None:
+    """Two of eight experts take part in a token, whichever way their products are computed."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    model = on_meta(MixtralForCausalLM, MixtralConfig(**sizes, intermediate_size=96, num_local_experts=8, num_experts_per_tok=2))
+    attention = 2 * (64 * 64 * 2 + 64 * 32 * 2) + 4 * 64 * 16
+    per_layer = attention + 2 * 64 * 8 + 2 * 2 * 3 * 64 * 96
+    assert plan(model, "resid_post", 100, max_length=16).costs.flops_per_token == 2 * per_layer + 2 * 64 * 100
 
 
 def test_seconds_and_the_bottleneck() -> None:
