@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from . import codecs, names
+from .descriptions import Description
 from .dtypes import Array
 from .errors import BudgetError
-from .parts import Description, PartWriter, start_columns
+from .parts import PartWriter, start_columns
 from .places import Place
 from .ragged import Cells
 from .schema import ColumnSchema, PartDocument

@@ -6,19 +6,19 @@ A plain Zarr reader that goes by `example/id` therefore finds every example it l
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import chain, codecs, commits, dtypes, layout, quantize, zarr_documents
+from . import chain, codecs, commits, dtypes, layout, zarr_documents
 from .buffers import RowBuffer
 from .commits import ShardRecord
+from .descriptions import Description, Kind
 from .dtypes import Array
 from .errors import SchemaError
 from .part_state import PartState, part_names
@@ -30,33 +30,6 @@ from .shards import encode
 
 _THREADS = min(4, os.cpu_count() or 1)
 _WIDE_BYTES = 2**20
-
-Kind = tuple[str, tuple[int, ...]]  # logical dtype and feature shape of a column
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a writer may say of a column beyond its values. `compress` None is the writer's choice for all columns."""
-
-    axes: tuple[str, ...] | None = None
-    site: Json | None = None
-    attributes: Json = field(default_factory=dict)
-    compress: str | None = None
-    quantize: str | None = None
-
-    def coding(self, name: str, kind: Kind, blocks: list[Array], compress: str) -> dict[str, Any]:
-        """The arguments `codec` and `quantized` of a column's schema; SchemaError for a dtype that cannot be quantised.
-
-        Args:
-            blocks: the column's first rows.
-            compress: the codec of columns with rows of at least 64 bytes of which nothing is said.
-        """
-        dtype, shape = kind
-        wide = dtype != dtypes.TEXT and math.prod(shape) * dtypes.stored(dtype).itemsize >= layout.SMALL_ROW_BYTES
-        return {
-            "codec": self.compress or (compress if wide else codecs.NONE),
-            "quantized": None if self.quantize is None else quantize.plan(name, dtype, blocks),
-        }
 
 
 def claim(place: Place, document: PartDocument) -> PartState:

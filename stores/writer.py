@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
@@ -17,23 +15,22 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from . import cadence, chain, codecs, keys, layout, names, runs, termination
-from . import quantize as quantizing
+from .admission import Admission, Written
 from .background import Background, Task
 from .cadence import Cadence
+from .descriptions import Description
 from .dtypes import TEXT, Array
-from .errors import BrokenWriterError, DiskShortError, KeyRepeatedError, SchemaError
-from .held import Held, Holdings, Lengths, holdings
+from .errors import BrokenWriterError, DiskShortError, SchemaError
+from .held import Held, Holdings, holdings
 from .open_parts import OpenParts
-from .parts import Description, PartWriter, key_columns
+from .parts import PartWriter, key_columns
 from .places import place_at
 from .places.local import Durability
 from .ragged import Cells, cells, lengths_of
 from .ragged import Lengths as GivenLengths
-from .schema import ColumnSchema, Json, PartDocument
+from .schema import Json, PartDocument
 
 Mode = Literal["create", "resume", "overwrite"]
-# What must be the same for values of one column to be comparable.
-_SITE = ("path", "port", "call", "layout", "reduce", "target", "scaled", "sample", "projection")
 RESERVE = 8 << 20  # bytes that a disk is left with
 
 
@@ -95,15 +92,12 @@ class RunWriter:
         self._session, self._rank, self._world_size = session or uuid.uuid4().hex, rank, world_size
         self._run, self._started = runs.document_for(self._place, mode, self._session, dict(about or {}))
         before = self._taken_over() if self._started else Holdings(Held(), None, {})
-        self._held, self._id_kind, self.columns = before.held, before.id_kind, before.columns
-        self._lengths: Lengths | None = None
-        self._new_columns: frozenset[str] | None = None
+        self.columns = before.columns
+        self._admission = Admission(self._place, before)
         self._assets: dict[str, bytes] = {}
         self._asset_digests: dict[str, str] = {}
         self._descriptions: dict[str, Description] = {}
-        self._pending: dict[bytes, frozenset[str]] = {}  # columns of the examples that are not committed
         self._uncommitted: list[Written] = []
-        self._committed: deque[Written] = deque()
         self._cadence = Cadence(commit_seconds, commit_bytes)
         self._broken: BaseException | None = None
         self._closed = False
@@ -118,16 +112,11 @@ class RunWriter:
     @property
     def committed_ids(self) -> Held:
         """What the run holds: `x in writer.committed_ids` takes an id or a whole (id, phase, step)."""
-        while self._committed:  # filled by the background thread
-            written = self._committed.popleft()
-            self._held.add(written.columns, written.digests)
-            for digest in written.digests:
-                self._pending.pop(digest, None)
-        return self._held
+        return self._admission.held
 
     def missing(self, columns: Iterable[str], id_: str | int, phase: str = keys.PHASE, step: int = keys.STEP) -> frozenset[str]:
         """Those of the columns that the run does not have for an example yet, nor will have with the next commit."""
-        return frozenset(columns) - self._columns_of(keys.digest(id_, phase, step))
+        return frozenset(columns) - self._admission.columns_of(keys.digest(id_, phase, step))
 
     @property
     def uid(self) -> str:
@@ -160,12 +149,9 @@ class RunWriter:
         names.split(column)
         if self._parts.describes(column):
             raise SchemaError(f"column {column!r} can be described only before the first append")
-        for said in (site, attributes):
-            _check_json(column, said)
-        codecs.check(compress)
-        quantizing.check(quantize)
-        _check_same_site(column, site, self.columns)
-        self._descriptions[column] = Description(axes, site, attributes or {}, compress, quantize)
+        described = Description(axes, site, attributes or {}, compress, quantize)
+        described.check(column, self.columns)
+        self._descriptions[column] = described
 
     def add_asset(self, name: str, content: bytes) -> None:
         """Keep a file beside the tables (a tokenizer's, say); one that is there already stays. Written with the first append."""
@@ -228,9 +214,11 @@ class RunWriter:
         keys.check_key(phase, step)
         if not ids:
             return
-        written = Written(frozenset(columns), self._check_ids(ids, phase, step, columns))
-        given, found = self._cells(ids, columns, lengths, phase, int(step))
-        self._check_held(ids, written, found)
+        written = self._admission.admit(ids, phase, step, columns)
+        if self._admission.are_pending(written.digests):
+            self.commit()  # they get further columns, and what the run has of them is looked up there
+        given, found = _cells(ids, columns, lengths, phase, int(step))
+        self._admission.check(self._run.uid, ids, written, found)
         size = sum(column.nbytes for column in given.values())
         rows = {names.split(name)[0]: column.rows for name, column in given.items()}
         self.check_disk(size, "what is to be appended")
@@ -240,12 +228,10 @@ class RunWriter:
             given = {name: column.copied() for name, column in given.items()}
         part = self._parts.prepare(given, found, self._descriptions, self._retire)
         columns.clear()
-        self._id_kind = keys.kind_of(ids)
-        self._new_columns = self._new_columns or self._columns_if_new(written)
         self._do(size, partial(self._append, part, given, written, nonfinite))
         self.appended_bytes += size
         self._rows.update(rows)
-        self._pending.update(dict.fromkeys(written.digests, written.columns))
+        self._admission.take(ids, written)
 
     def check_disk(self, nbytes: int, what: str) -> None:
         """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
@@ -289,7 +275,7 @@ class RunWriter:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken is not None else "open"
-        return f"<RunWriter {self.path} {state}: {len(self.committed_ids)} examples committed, {len(self._pending)} pending>"
+        return f"<RunWriter {self.path} {state}: {len(self.committed_ids)} examples committed, {self._admission.pending} pending>"
 
     def _finish(self) -> None:
         """Commit what is left, unless writing has failed; raise that if nobody knows of it yet."""
@@ -345,7 +331,7 @@ class RunWriter:
             with _Breaks(self), self._cadence:
                 runs.check_is(self._place, self._run.uid, self.path)
                 self._parts.commit(kind, self._asset_digests)
-            self._committed.extend(self._uncommitted)
+            self._admission.committed.extend(self._uncommitted)
             self._uncommitted = []
 
     def _retire(self, part: PartWriter) -> None:
@@ -389,76 +375,6 @@ class RunWriter:
         if self._closed:
             raise BrokenWriterError("this writer is closed")
 
-    def _check_ids(self, ids: keys.Ids, phase: str, step: int, columns: Iterable[str]) -> list[bytes]:
-        if self._id_kind not in (None, keys.kind_of(ids)):
-            raise SchemaError(f"this run's ids are {self._id_kind}, but got {ids[0]!r}; ids are of one kind throughout a run")
-        keys.check_unique(ids)
-        digests = keys.digests(ids, phase, step)
-        wanted = frozenset(columns)
-        for id_, digest in zip(ids, digests, strict=True):
-            if self._has(digest) and (not wanted or self._columns_of(digest) & wanted):
-                raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
-        if not self._pending.keys().isdisjoint(digests):
-            self.commit()  # they get further columns, and what the run has of them is looked up there
-        return digests
-
-    def _has(self, digest: bytes) -> bool:
-        return digest in self._pending or self.committed_ids.has(digest)
-
-    def _columns_of(self, digest: bytes) -> frozenset[str]:
-        """The columns an example has, or will have with the next commit."""
-        return self.committed_ids.columns(digest) | self._pending.get(digest, frozenset())
-
-    def _check_held(self, ids: keys.Ids, written: Written, lengths: Mapping[str, Array]) -> None:
-        """Examples that are new need the columns of every new one; those the run has need as many rows as they have."""
-        new = self._columns_if_new(written)
-        if new and self._new_columns and new != self._new_columns:
-            missing, added = sorted(self._new_columns - new), sorted(new - self._new_columns)
-            raise SchemaError(f"every append needs the same columns as the first; missing: {missing}, new: {added}")
-        held = np.array([self.committed_ids.has(digest) for digest in written.digests], bool)
-        there = [digest for digest, known in zip(written.digests, held, strict=True) if known]
-        if not there:
-            return
-        if self._lengths is None or not self._lengths.knows(there):
-            self._lengths = Lengths(self._place, self._run.uid)
-        for table, given in lengths.items():
-            recorded = self._lengths.of(table, there)
-            wrong = np.flatnonzero((recorded >= 0) & (recorded != given[held]))
-            if len(wrong):
-                at = int(wrong[0])
-                raise SchemaError(
-                    f"example {ids[int(np.flatnonzero(held)[at])]!r} has {recorded[at]} rows in table {table!r} of the run, but is "
-                    f"given {given[held][at]}; is it cut into the same tokens?"
-                )
-
-    def _columns_if_new(self, written: Written) -> frozenset[str] | None:
-        """The columns of an append, if any of its examples is new to the run."""
-        return None if all(map(self.committed_ids.has, written.digests)) else written.columns
-
-    def _cells(
-        self, ids: keys.Ids, columns: Mapping[str, Any], lengths: GivenLengths, phase: str, step: int
-    ) -> tuple[dict[str, Cells], dict[str, Array]]:
-        """Cells of all columns but `start` and `length`, and the rows per example of each ragged table."""
-        for name in columns:
-            names.refuse_bookkeeping(name)
-            if names.split(name)[0] == "step":
-                raise SchemaError(f"column {name!r}: rows of the step table belong to training steps, not to examples")
-        given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
-        own = key_columns(
-            np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64),
-            np.full(len(ids), phase, object),
-            np.full(len(ids), step, np.int64),
-        )
-        return {**given, **own}, lengths_of(given, lengths, len(ids))
-
-
-@dataclass(frozen=True)
-class Written:
-    """Examples of one append, and the columns they were given."""
-
-    columns: frozenset[str]
-    digests: list[bytes]
-
 
 class _Breaks:
     """Marks the writer unusable when writing fails half-way: its buffers no longer say what is on disk."""
@@ -473,18 +389,18 @@ class _Breaks:
             self._writer._broken = error
 
 
-def _check_same_site(column: str, site: Json | None, known: Mapping[str, ColumnSchema]) -> None:
-    """SchemaError where a column was recorded in another way before."""
-    if column not in known or known[column].site is None or site is None:
-        return
-    before, now = known[column].site or {}, json.loads(json.dumps(site))
-    differing = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in _SITE if before.get(key) != now.get(key)]
-    if differing:
-        raise SchemaError(f"column {column!r} was recorded in another way before: {'; '.join(differing)}")
-
-
-def _check_json(column: str, said: Json | None) -> None:
-    try:
-        json.dumps(said, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SchemaError(f"what is said of column {column!r} is not JSON: {error}") from None
+def _cells(
+    ids: keys.Ids, columns: Mapping[str, Any], lengths: GivenLengths, phase: str, step: int
+) -> tuple[dict[str, Cells], dict[str, Array]]:
+    """Cells of all columns but `start` and `length`, and the rows per example of each ragged table."""
+    for name in columns:
+        names.refuse_bookkeeping(name)
+        if names.split(name)[0] == "step":
+            raise SchemaError(f"column {name!r}: rows of the step table belong to training steps, not to examples")
+    given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
+    own = key_columns(
+        np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64),
+        np.full(len(ids), phase, object),
+        np.full(len(ids), step, np.int64),
+    )
+    return {**given, **own}, lengths_of(given, lengths, len(ids))
