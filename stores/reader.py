@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import extension, names, projected, runs, selection
+from . import commits, extension, names, projected, runs, selection
 from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .batches import Batches
 from .columns import Column, Table
 from .digest import digest
 from .dtypes import Array
-from .errors import AttentionNotRecordedError, GradientError, UnknownColumnError
+from .errors import AttentionNotRecordedError, DamagedError, GradientError, UnknownColumnError
 from .index import Index
 from .part_reader import PartReader
 from .part_state import PartState, read_parts
@@ -77,12 +77,15 @@ class Run:
         self._verify = verify
         self._cache_bytes = cache_bytes
         self._place = place
-        self._document = runs.read_document(place, place.root)
+        self._root = runs.read_root(place, place.root)
+        self._document = runs.parsed_document(self._root, place.root)
         self._load()
 
     def _load(self) -> None:
         cache = ShardCache(self._place, self.uid, verify=self._verify, most_bytes=self._cache_bytes)
-        self._parts = [PartReader(state, cache) for state in read_parts(self._place, self._document.uid)]
+        states = read_parts(self._place, self._document.uid)
+        runs.check_copies(self._root, states)
+        self._parts = [PartReader(state, cache) for state in states]
         self._index = Index(self._parts)
         self.__dict__.pop("tables", None)
 
@@ -374,9 +377,13 @@ class Run:
         return digest(self.keys, [column for column in columns if not names.is_bookkeeping(column.name)])
 
     def asset(self, name: str) -> bytes:
-        """A file kept beside the tables; FileNotFoundError without one."""
-        there = self._place.names("assets")
-        return self._place.read(f"assets/{name if name in there else names.to_disk(name)}")
+        """A file kept beside the tables; FileNotFoundError without one, DamagedError if it is not the one that was written."""
+        file = name if name in self._place.names("assets") else names.to_disk(name)
+        content = self._place.read(f"assets/{file}")
+        stated = {digest for part in self.parts for kept, digest in part.assets.items() if kept == file}
+        if stated and commits.digest(content) not in stated:
+            raise DamagedError(f"assets/{file}: the file is not the one that was written")
+        return content
 
     @property
     def assets(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from . import zarr_documents
 from .commits import Record, path_of
 from .errors import DamagedError, FormatVersionError, LostPartError, NotARunError, RunExistsError, SchemaError
-from .part_state import attributes, claimed_parts, record_numbers
+from .part_state import PartState, attributes, claimed_parts, record_numbers
 from .places import LocalPlace, Place
 from .schema import FORMAT, Json, RunDocument
 
@@ -87,15 +87,31 @@ def check_is(place: Place, uid: str, where: str | Path) -> None:
 
 def read_document(place: Place, where: str | Path) -> RunDocument:
     """The run document at a place; NotARunError if there is none."""
+    return parsed_document(read_root(place, where), where)
+
+
+def read_root(place: Place, where: str | Path) -> bytes:
+    """The bytes of the run document; NotARunError if there are none."""
     try:
-        content = place.read(ROOT)
+        return place.read(ROOT)
     except (FileNotFoundError, NotADirectoryError):
         reason = f"it has no {ROOT}" if place.names("") else "there is no folder with anything in it"
         raise NotARunError(f"{where} is not a tensortape run: {reason}") from None
+
+
+def parsed_document(content: bytes, where: str | Path) -> RunDocument:
+    """The run document out of its bytes."""
     found = attributes(content, ROOT)
     if FORMAT not in found:
         raise NotARunError(f"{where} is a Zarr group, but not a tensortape run")
     return RunDocument.from_attributes(found, str(where))
+
+
+def check_copies(root: bytes, parts: Iterable[PartState]) -> None:
+    """DamagedError unless the run document is the one that every part has seen."""
+    for part in parts:
+        if part.copies.get(ROOT, root.decode(errors="replace")).encode() != root:
+            raise DamagedError(f"{ROOT}: the run document is not the one that was written; `tensortape repair` brings it back")
 
 
 def statements(place: Place) -> Iterator[Record]:

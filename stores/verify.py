@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,8 @@ def verify_place(place: Place, *, quick: bool = False) -> Verification:
 
 def _path_in(error: Exception, otherwise: str) -> str:
     """The object an error's message begins with."""
-    path, colon, _ = str(error).partition(":")
-    return path if colon and path.startswith(("parts/", "assets/")) else otherwise
+    found = re.match(r"parts/[^\s:]+", str(error))
+    return found[0] if found else otherwise
 
 
 class _Checks:

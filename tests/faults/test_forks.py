@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 path = pathlib.Path(sys.argv[1])
 files = lambda: {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
-recorder = Recorder(model, sites=["resid_post"], to=path, durability="rename")
+recorder = Recorder(model, sites=["resid_post"], to=path, durability="rename", background=False)  # whose thread writes on
 
 
 def forked(end):
