@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -67,3 +68,11 @@ def layer(folder: Path, meet: Meet) -> Iterator[None]:
             patch.setattr(os, name, of_handles(name, getattr(os, name)))
         patch.setattr(io, "open", of_paths("read", io.open))
         yield
+
+
+def state_of(folder: Path, *more: object) -> str:
+    """A digest of every byte below a folder, and of whatever else is to count."""
+    digest = hashlib.sha256(repr(more).encode())
+    for file in sorted(folder.rglob("*")):
+        digest.update(f"{file.relative_to(folder)} ".encode() + (file.read_bytes() if file.is_file() else b""))
+    return digest.hexdigest()

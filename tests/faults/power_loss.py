@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 from strategies import small_chunks
 
-from .failing import state_of
-from .layer import Operation, layer
+from .layer import Operation, layer, state_of
 from .promises import broken, broken_after_resuming, changed
 from .recipe import Recipe, record
 

@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-
-import torch
-
-from .scenarios import SCENARIOS, Scenario, working_folder
-
-
-def row(scenario: Scenario) -> tuple[str, list[str]]:
-    """A scenario's line of the table, and everything that was wrong."""
-    if reason := scenario.needs():
-        return f"| {scenario.name} | {scenario.promises} | skipped: {reason} | | |", []
-    began = time.perf_counter()
-    with working_folder() as folder:
-        found = list(scenario.run(folder, in_full=True))
-    failed = sum(map(bool, found))
-    line = f"| {scenario.name} | {scenario.promises} | {len(found)} | {failed} | {time.perf_counter() - began:.0f} |"
-    return line, [wrong for trial in found for wrong in trial]
+from collections.abc import Iterator, Sequence
 
 
 def main(words: Sequence[str]) -> int:
     """Print the table line by line, then what was wrong; 1 if anything was."""
-    torch.set_num_threads(1)
     print("| scenario | promises | trials | failures | seconds |\n|---|---|---|---|---|", flush=True)
     every: list[str] = []
-    for scenario in SCENARIOS:
-        if all(word in scenario.name for word in words):
-            line, wrong = row(scenario)
-            print(line, flush=True)
-            every += wrong
+    for line, wrong in _rows(words):
+        print(line, flush=True)
+        every += wrong
     print("", *every, sep="\n")
     return int(bool(every))
+
+
+def _rows(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """A line per scenario, and everything that was wrong."""
+    import torch  # here, and not above: each process that is to be killed imports this module first
+
+    from .scenarios import SCENARIOS, working_folder
+
+    torch.set_num_threads(1)
+    for scenario in (scenario for scenario in SCENARIOS if all(word in scenario.name for word in words)):
+        began = time.perf_counter()
+        reason = scenario.needs()
+        with working_folder() as folder:
+            found = [] if reason else list(scenario.run(folder, in_full=True))
+        counts = [f"skipped: {reason}"] if reason else [str(len(found)), str(sum(map(bool, found)))]
+        cells = [scenario.name, scenario.promises, *counts, f"{time.perf_counter() - began:.0f}"]
+        yield f"| {' | '.join(cells)} |", [wrong for trial in found for wrong in trial]
 
 
 if __name__ == "__main__":

@@ -87,6 +87,13 @@ SCENARIOS = [
         {"faults": EVERY_FAULT},
     ),
     Scenario(
+        "n-th file operation fails while several threads record",
+        "P1 P2 P3 P7",
+        partial(failing.nth_operation, job="recording by threads"),
+        {"faults": SOME_FAULTS, "first": 7, "step": 97},
+        {"faults": SOME_FAULTS},
+    ),
+    Scenario(
         "n-th file operation fails while resuming",
         "P1 P2 P3 P7",
         partial(failing.nth_operation, job="resuming"),
@@ -130,7 +137,7 @@ SCENARIOS = [
         {"fates": 3, "every": 13},
         {"fates": 4},
     ),
-    Scenario("one flipped bit", "P5", _expected(damage.flips), {"count": 44, "seed": 2}, {"count": 2000, "seed": 1}),
+    Scenario("one flipped bit", "P5", _expected(damage.flips), {"count": 33, "seed": 2}, {"count": 2000, "seed": 1}),
     Scenario(
         "a truncated or emptied object", "P5", _expected(damage.truncations), {"count": 11, "seed": 3}, {"count": 200, "seed": 3}
     ),
@@ -151,7 +158,7 @@ SCENARIOS = [
         "a disk that is full from the n-th operation on, under a model",
         "P7 P8",
         surroundings.full_disk_under_a_model,
-        {"every": 211},
+        {"every": 401},
         {"every": 9},
     ),
     Scenario("clocks that jump by up to a year", "P12", surroundings.jumping_clock, {"trials": 1}, {"trials": 20}),
