@@ -3,8 +3,8 @@
 The model has the shape of GPT-2 small and random weights. A turn is a few batches, and ends when what it captured is in files: for
 a Recorder, with a commit. Others keep fewer promises: no checksums, no commits, no look at NaN, nothing but the tensors.
 
-A forward takes so much more than recording it that CPU seconds beyond the forward drown in its own spread. So they are measured once
-more around a hollow model, whose attention and MLPs return what they are given: all that is recorded is as large as before.
+A forward takes so much more than recording it that CPU seconds beyond the forward drown in its own spread. So they are measured
+once more around a hollow model, whose attention and MLPs return what they are given: what is recorded is as large as before.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2Model
 
 from tensortape.instrument import Recorder
 
+BUDGET = 128 << 20  # shards of 1024 rows, so that commits at the end of turns of 1024 or 2048 rows rewrite none
 WIDTH, HEADS, VOCABULARY, CONTEXT = 768, 12, 50257, 1024
 BARE, LENS_BARE = "bare forward", "TransformerLens, bare forward"
 
@@ -34,6 +35,7 @@ nnsight, transformer_lens = needed("nnsight"), needed("transformer_lens")
 Batches = list[torch.Tensor]  # of token ids [batch, tokens]
 Found = dict[str, torch.Tensor]
 Turn = Callable[[Batches], None]
+Build = Callable[[], Any]
 
 
 def gpt2(layers: int) -> GPT2Model:
@@ -83,7 +85,9 @@ class Recording:
 
     def __init__(self, model: GPT2Model, path: Path, *, background: bool) -> None:
         self._model = model
-        self._recorder = Recorder(model, sites=["resid_post"], to=path, durability="rename", background=background)
+        self._recorder = Recorder(
+            model, sites=["resid_post"], to=path, durability="rename", background=background, memory_budget=BUDGET
+        )
         self._examples = 0
 
     def __call__(self, batches: Batches) -> None:
@@ -151,9 +155,7 @@ def lens_and_save(model: Any, folder: Path, batches: Batches) -> None:
 
 
 @contextmanager
-def competitors(
-    build: Callable[[], GPT2Model], build_lens: Callable[[], Any], kept: Path, passing: Path
-) -> Iterator[dict[str, Turn]]:
+def competitors(build: Build, build_lens: Build, kept: Path, passing: Path) -> Iterator[dict[str, Turn]]:
     """All of them; files that go on stay in `kept`, files of one turn lie in `passing`."""
     model, lens_model = build(), build_lens()
     recordings = {
@@ -178,9 +180,7 @@ def wall_and_cpu() -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array([perf_counter(), process_time()])
 
 
-def measure(
-    batches: Batches, repetitions: int, build: Callable[[], GPT2Model], build_lens: Callable[[], Any]
-) -> dict[str, list[Any]]:
+def measure(batches: Batches, repetitions: int, build: Build, build_lens: Build) -> dict[str, list[Any]]:
     """What each competitor's turns take."""
     with ram_folder() as kept, ram_folder() as passing, competitors(build, build_lens, kept, passing) as turns:
         runs = {name: partial(turn, batches) for name, turn in turns.items()}
@@ -216,7 +216,7 @@ def costs(times: dict[str, list[Any]], gigabytes: float) -> list[str]:
 @torch.no_grad()
 def main() -> None:
     """Measure and publish."""
-    size = sizes(layers=12, examples=4, tokens=256, batches=4, repetitions=5, hollow_repetitions=9)
+    size = sizes(layers=12, examples=4, tokens=128, batches=4, repetitions=4, hollow_repetitions=9)
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, VOCABULARY, (size.examples, size.tokens), generator=random) for _ in range(size.batches)]
     gigabytes = size.layers * WIDTH * 4 * sum(ids.numel() for ids in batches) / 1e9
