@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2Model
 
 from tensortape.instrument import Recorder
 
-BUDGET = 128 << 20  # shards of 1024 rows, so that commits at the end of turns of 1024 or 2048 rows rewrite none
+BUDGET = 256 << 20  # 12 sites then have shards of 2048 rows, as many as a turn: its commit rewrites none
 WIDTH, HEADS, VOCABULARY, CONTEXT = 768, 12, 50257, 1024
 BARE, LENS_BARE = "bare forward", "TransformerLens, bare forward"
 
