@@ -207,7 +207,7 @@ def tables(size: argparse.Namespace, codec: str, repetitions: int) -> dict[str, 
 def main() -> None:
     """Measure and publish."""
     size = sizes(
-        rows=49152, examples=64, gathered=4096, batch=4096, buffer=16384, repetitions=9, compressed_repetitions=5
+        rows=49152, examples=64, gathered=4096, batch=4096, buffer=16384, repetitions=7, compressed_repetitions=5
     )  # rows are a multiple of the buffer's, and that of the batch's
     sections = tables(size, "none", size.repetitions)
     for codec in ("lz4", "zstd"):

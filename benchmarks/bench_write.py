@@ -162,7 +162,7 @@ def stored(competitors: Mapping[str, Write], load: Load) -> str:
 
 def main() -> None:
     """Measure and publish."""
-    size = sizes(columns=12, rows=8192, appends=8, compressed_appends=2, repetitions=7)
+    size = sizes(columns=12, rows=8192, appends=8, compressed_appends=1, repetitions=7)
     random = np.random.default_rng(0)
     load = Load([like_activations(size.rows, random) for _ in range(size.columns)], size.appends)
     sections = {heading(load): table(ALL, load, ["raw files", "zarr-python"], size.repetitions)}
@@ -175,7 +175,7 @@ def main() -> None:
 
 def heading(load: Load) -> str:
     """What a table is of."""
-    what = f"{len(load.columns)} columns of [{load.rows}, {FEATURES}] bf16, {load.appends} appends, {load.nbytes / 1e9:.2f} GB"
+    what = f"{len(load.columns)} columns of [{load.rows}, {FEATURES}] bf16, appends: {load.appends}, {load.nbytes / 1e9:.2f} GB"
     return what if load.codec == "none" else f"{what}, {load.codec}"
 
 
