@@ -24,12 +24,13 @@ check: $(VENV)/.test
 	$(BIN)/mypy -p tensortape
 	$(BIN)/mypy tests/typing
 
-bench: $(VENV)/.bench wheel  ## write and read speed beside raw files, zarr-python and TensorStore
+bench: $(VENV)/.bench wheel  ## speed, memory and overhead beside others; prints the tables of benchmarks/results/
 	$(BIN)/python benchmarks/bench_write.py
 	$(BIN)/python benchmarks/bench_read.py
 	$(BIN)/python benchmarks/bench_open.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_overhead.py
 
 dev: $(VENV)/.test  ## an editable install, for working on the code
 	$(PIP) --no-deps --editable .

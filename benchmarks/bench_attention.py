@@ -7,7 +7,6 @@ recording, which commits when it does. Peak memory is that of a fresh process pe
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import interleaved, publish, ram_folder
+from report import clear, interleaved, needed, publish, ram_folder, spread
 from transformers import GPT2Config, GPT2Model
 
 from tensortape.instrument import Recorder
@@ -96,13 +95,12 @@ def cached_patterns(model: Any, batch: dict[str, torch.Tensor], folder: Path) ->
 
 def lens() -> Any:
     """A model of the same shape in TransformerLens."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
+    transformer_lens = needed("transformer_lens")
     torch.manual_seed(0)
-    config = HookedTransformerConfig(
+    config = transformer_lens.HookedTransformerConfig(
         n_layers=LAYERS, n_heads=HEADS, d_model=WIDTH, d_head=WIDTH // HEADS, n_ctx=max(LENGTHS), d_vocab=50257, act_fn="gelu_new"
     )
-    return HookedTransformer(config).eval()
+    return transformer_lens.HookedTransformer(config).eval()
 
 
 COMPETITORS: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
@@ -112,12 +110,6 @@ COMPETITORS: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
     "output_attentions, saved": (partial(gpt2, "eager"), output_attentions),
     "TransformerLens patterns, saved": (lens, cached_patterns),
 }
-
-
-def clear(folder: Path) -> None:
-    """Remove what a turn has written."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def times(length: int) -> dict[str, list[float]]:
@@ -184,8 +176,7 @@ def table(length: int) -> list[str]:
         ratio = seconds / median["bare forward (sdpa)"]
         sizes = [f"{held['stored'] / 1e6:.1f}", f"{held['peak'] / 1e6:.0f}", f"{(held['peak'] - forward) / 1e6:.0f}"]
         lines.append(f"| {name} | {seconds:.3f} | {ratio:.2f} | {' | '.join(sizes)} |")
-    pairs = sorted(a / b for a, b in zip(taken["recorded attention"], taken["bare forward, raw write"], strict=True))
-    cost = f"{pairs[REPETITIONS // 2]:.2f} (middle half {pairs[REPETITIONS // 4]:.2f} to {pairs[-1 - REPETITIONS // 4]:.2f})"
+    cost = spread(a / b for a, b in zip(taken["recorded attention"], taken["bare forward, raw write"], strict=True))
     lines += [
         "",
         f"q and k by the crossover formula: {formula / 1e6:.1f} MB. Recorded against bare forward and raw write, in pairs: {cost}. "
