@@ -20,7 +20,6 @@ _NAMES = {
     dict: "an object",
     list: "a list",
     type(None): "null",
-    bool: "a boolean",
 }
 
 
@@ -35,7 +34,7 @@ def named(where: str) -> Iterator[None]:
 
 def members(value: Any, what: str, kinds: Kinds, optional: Kinds | None = None) -> dict[str, Any]:
     """An object that has all members of `kinds`, and any of `optional`, each of one of the types given; others may be there."""
-    found = of_kind(value, what, OBJECT)
+    found: dict[str, Any] = of_kind(value, what, OBJECT)
     for name, kind in kinds.items():
         if name not in found:
             raise DamagedError(f"{what} has no {name!r}")
@@ -107,16 +106,14 @@ def unexpected(what: str, value: Any, expected: str) -> DamagedError:
 
 def shown(value: Any) -> str:
     """A value in a message, cut."""
-    text = (
-        ascii(value) if type(value) in (str, int, float, bool, type(None)) and not _is_huge(value) else f"a {type(value).__name__}"
-    )
-    if type(value) is list and len(value) <= 16 and all(type(each) in (str, int) and not _is_huge(each) for each in value):
-        text = ascii(value)
+    short = type(value) is list and len(value) <= 16 and all(map(_is_plain, value))
+    text = ascii(value) if short or _is_plain(value) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is_huge(value: Any) -> bool:
-    return type(value) is int and value.bit_length() > 256
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be shown: not what is nested, nor integers that would have thousands of digits."""
+    return value is None or type(value) in (str, float, bool) or (type(value) is int and value.bit_length() <= 256)
 
 
 def _one_of(kind: tuple[type, ...]) -> str:

@@ -179,12 +179,14 @@ class Record:
     def _from_json(cls, document: Json) -> Record:
         arrays = document["arrays"]
         for path, array in arrays.items():
-            if type(array) is not dict or not _ARRAY <= array.keys() or type(array["shards"]) is not dict:
+            if type(array) is not dict or not array.keys() >= _ARRAY or type(array["shards"]) is not dict:
                 raise checked.unexpected(f"array {checked.shown(path)}", array, "an object with 'rows' and 'shards'")
+        for key in ("rows", "nonfinite"):
+            checked.counts(document[key], f"{key!r}")
         return cls(
-            **{key: document[key] for key in _PLAIN if key not in ("rows", "nonfinite")},
-            **{key: checked.counts(document[key], f"{key!r}") for key in ("rows", "nonfinite")},
-            **{key: checked.texts(document.get(key, {}), f"{key!r}") for key in _OPTIONAL},
+            **{key: document[key] for key in _PLAIN},
+            copies=checked.texts(document.get("copies", {}), "'copies'"),
+            assets=checked.texts(document.get("assets", {}), "'assets'"),
             columns={name: _column(name, schema) for name, schema in document["columns"].items()},
             array_rows=checked.counts({path: array["rows"] for path, array in arrays.items()}, "the rows of arrays"),
             shards={path: _shards(array["shards"]) for path, array in arrays.items()},

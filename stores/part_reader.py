@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from . import codecs, dtypes
+from .commits import ShardRecord
 from .compressed_shards import RecentChunks
 from .dtypes import TEXT, Array
-from .commits import ShardRecord
 from .errors import DamagedError
 from .geometry import Geometry
 from .part_checks import check_bounds, check_shards
@@ -22,7 +22,6 @@ from .places.loaded import Loaded
 from .schema import ArraySchema, ColumnSchema
 from .shard_cache import ShardCache, file_bytes, shard_of
 from .shards import Shard
-
 
 UNASKED = 16 << 20  # bytes that are allocated before anybody has looked whether there are files for them
 

@@ -67,7 +67,11 @@ class Int8:
 
     @classmethod
     def from_json(cls, document: dict[str, Any], features: int) -> Int8:
-        """The reverse of `to_json`, for rows of so many features; DamagedError for positions that are none of theirs, FormatVersionError for codes of a later version."""
+        """The reverse of `to_json`, for rows of so many features.
+
+        Raises:
+            DamagedError: positions that are none of theirs. FormatVersionError: codes of a later version.
+        """
         checked.members(document, "'quantized'", {"codes": checked.TEXT, "outliers": checked.LIST})
         if document["codes"] != INT8:
             raise FormatVersionError(f"a column is quantised to {document['codes']!r}; update tensortape to read it")

@@ -84,7 +84,7 @@ class ArraySchema:
         checked.members(document, what, _ARRAY)
         if document["codec"] not in codecs.NAMES or document["dtype"] not in dtypes.KNOWN:
             raise FormatVersionError(
-                f"{what} has the codec {document['codec']!r} and the dtype {document['dtype']!r}; update tensortape to read it"
+                f"{what} is of dtype {checked.shown(document['dtype'])} with the codec {checked.shown(document['codec'])}; update tensortape"
             )
         if (document["path"], document["dtype"], document["shape"]) != (due.path, due.dtype, list(due.shape)):
             said = f"{checked.shown(document['path'])}, {document['dtype']}, {checked.shown(document['shape'])}"
@@ -294,8 +294,8 @@ class PartDocument:
 def _check_version(document: Json, where: str) -> None:
     if type(document["version"]) is not int or document["version"] != VERSION:
         raise FormatVersionError(
-            f"{where} is a tensortape run of format version {checked.shown(document['version'])}, but this tensortape reads version {VERSION}; "
-            "update tensortape"
+            f"{where} is a tensortape run of format version {checked.shown(document['version'])}, but this "
+            f"tensortape reads version {VERSION}; update tensortape"
         )
 
 
