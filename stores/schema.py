@@ -84,7 +84,8 @@ class ArraySchema:
         checked.members(document, what, _ARRAY)
         if document["codec"] not in codecs.NAMES or document["dtype"] not in dtypes.KNOWN:
             raise FormatVersionError(
-                f"{what} is of dtype {checked.shown(document['dtype'])} with the codec {checked.shown(document['codec'])}; update tensortape"
+                f"{what} has the dtype {checked.shown(document['dtype'])} and uses the codec {checked.shown(document['codec'])}; "
+                "update tensortape to read it"
             )
         if (document["path"], document["dtype"], document["shape"]) != (due.path, due.dtype, list(due.shape)):
             said = f"{checked.shown(document['path'])}, {document['dtype']}, {checked.shown(document['shape'])}"

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ import pandas as pd  # noqa: F401 - the first import would count as time of the 
 import pytest
 from strategies import put, small_chunks
 
+from tensortape.app import show
 from tensortape.stores import Run, StoreError, commits, open_run, parts
 from tensortape.stores.ragged import Cells
 
@@ -29,9 +31,6 @@ RECIPE = Recipe(51, 2, 9)
 SECONDS, BYTES = 2.0, 256 << 20
 RECORD, ROOT, PART = commits.path_of("p000000", 1), "zarr.json", "parts/p000000/zarr.json"
 Json = dict[str, Any]
-
-# What reading such a run may still do. Take out what it no longer does.
-NOT_YET_REFUSED = frozenset({"another error than ours"})
 
 
 # Documents.
@@ -161,22 +160,31 @@ def _trial(folder: Path, attack: str, change: Callable[[Path], object]) -> Itera
     for name in (commits.path_of("p000000", 2), commits.end_path("p000000")):  # an open part of one record, which is rewritten
         (path / name).unlink()
     change(path)
-    with _watched(folder / "outside") as harm:
-        harm += {what for what in _read_everything(path) if what not in NOT_YET_REFUSED}
+    with watched(folder / "outside") as harm:
+        harm += read_everything(path)
     yield [f"{attack}: {what}" for what in harm]
     shutil.rmtree(path)
 
 
-def _read_everything(path: Path) -> Iterator[str]:
+def read_everything(path: Path) -> Iterator[str]:
+    """Read all that a run has, in every way; what was raised that is no error of ours."""
     try:
-        run = open_run(path)
-        for read in (run.verify, lambda: run.keys, lambda: repr(run), lambda: run.examples, *_column_reads(run)):
-            with suppress(StoreError, IndexError):
-                read()
-    except StoreError:
-        return
-    except Exception:
-        yield "another error than ours"
+        with suppress(StoreError):
+            run = open_run(path)
+            for read in (run.verify, lambda: run.keys, lambda: repr(run), lambda: run.examples, lambda: info_of(run)):
+                with suppress(StoreError):
+                    read()
+            for read in _column_reads(run):
+                with suppress(StoreError, IndexError):
+                    read()
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        yield f"another error than ours: {error!r:.200} at {Path(at.filename).name}:{at.lineno}"
+
+
+def info_of(run: Run) -> list[str]:
+    """What the command line prints of it."""
+    return [line.encode() and line for line in show.info_lines(show.info(run))]
 
 
 def _column_reads(run: Run) -> Iterator[Callable[[], Any]]:
@@ -187,7 +195,7 @@ def _column_reads(run: Run) -> Iterator[Callable[[], Any]]:
 
 
 @contextmanager
-def _watched(outside: Path) -> Iterator[list[str]]:
+def watched(outside: Path) -> Iterator[list[str]]:
     """What happens besides: files opened outside of the run, seconds, bytes."""
     harm, opened = list[str](), list[str]()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
