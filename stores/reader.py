@@ -16,7 +16,7 @@ from .batches import Batches
 from .columns import Column, Table
 from .digest import digest
 from .dtypes import Array
-from .errors import AttentionNotRecordedError, GradientError, UnknownColumnError
+from .errors import AttentionNotRecordedError, DamagedError, GradientError, UnknownColumnError
 from .index import Index
 from .part_reader import PartReader
 from .part_state import PartState, read_parts
@@ -143,7 +143,7 @@ class Run:
         """The columns of recorded sites, in the order they were recorded."""
         order = dict.fromkeys(name for part in self._parts for name in part.state.columns)
         columns = (self.tables[table][short] for table, short in map(names.split, order))
-        return [column for column in columns if column.site is not None]
+        return [column for column in columns if column.site is not None and column.site.keys() >= selection.SITE_NAME]
 
     def __getitem__(self, name: str) -> Column:
         """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one.
@@ -409,7 +409,10 @@ class Run:
 
     def _scaled(self, column: Column, columns: dict[str, dict[str, Column]]) -> ScaledColumn:
         found = ScaledColumn(column.name, self._parts, self._index)
-        found.scale = columns["example"][f"{names.split(column.name)[1]}|scale"]
+        scale = f"{names.split(column.name)[1]}|scale"
+        if scale not in columns["example"]:
+            raise DamagedError(f"column {column.name!r} is said to be scaled, but the run has no 'example/{scale}'")
+        found.scale = columns["example"][scale]
         return found
 
     def _projected(self, column: Column, beside: dict[str, Column]) -> ProjectedColumn:
