@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,14 @@ def _mutate(document: Any, dice: random.Random) -> None:
     elif how < 0.25 and isinstance(holder, dict):
         holder[dice.choice([*_TEXTS, *map(str, _NUMBERS), str(key).upper()])] = holder.pop(key)
     elif how < 0.35 and isinstance(holder, list):
-        holder.extend([holder[key]] * dice.choice([1, 20]))
+        holder.extend(deepcopy(holder[key]) for _ in range(dice.choice([1, 20])))
     elif how < 0.5:
         other, at = dice.choice(nodes)
         holder[key] = json.loads(json.dumps(other[at])) if at in other or (isinstance(other, list) and at < len(other)) else None
     elif how < 0.7 and type(holder[key]) is int:
         holder[key] += dice.choice([-1, 1, 8, 1 << 20])
     else:
-        holder[key] = dice.choice([*_NUMBERS, *_TEXTS, *_OTHERS])
+        holder[key] = deepcopy(dice.choice([*_NUMBERS, *_TEXTS, *_OTHERS]))
 
 
 def _nodes(document: Any) -> Iterator[tuple[Any, Any]]:
