@@ -134,6 +134,21 @@ class ColumnSchema:
     @classmethod
     def from_json(cls, name: str, document: Json) -> ColumnSchema:
         """The reverse of `to_json`; DamagedError for what no writer says, FormatVersionError for what a later version may say."""
+        try:
+            key = name, repr(document)
+        except RecursionError:
+            raise DamagedError(f"column {checked.shown(name)} is nested too deeply") from None
+        if key not in _CHECKED:
+            found = cls._from_json(name, document)
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            if len(key[1]) > _LONGEST_CHECKED:
+                return found
+            _CHECKED[key] = found
+        return _CHECKED[key]
+
+    @classmethod
+    def _from_json(cls, name: str, document: Any) -> ColumnSchema:
         what = f"column {checked.shown(name)}"
         checked.members(document, what, _COLUMN, {"quantized": checked.OBJECT})
         dtype, shape = _checked_dtype(document["dtype"], what), _checked_shape(document["shape"], what)
@@ -148,6 +163,10 @@ class ColumnSchema:
             if document[key]:
                 strict_json.check_shallow(document[key], f"{key!r} of {what}")
         return cls(name, dtype, shape, axes, arrays, document["site"], document["attributes"], quantized)
+
+
+_CHECKED: dict[tuple[str, str], ColumnSchema] = {}  # parts of a run repeat their columns: each is checked once
+_MOST_CHECKED, _LONGEST_CHECKED = 4096, 4096
 
 
 def column_schema(
