@@ -241,7 +241,9 @@ def main() -> None:
         app()
     except (StoreError, AnalysisError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if _is_ours_or_input(error):
-            typer.echo(f"tensortape: {' '.join(str(error).split())}", err=True)
+            from .show import printable
+
+            typer.echo(f"tensortape: {printable(' '.join(str(error).split()))}", err=True)
             sys.exit(2)
         raise
 
@@ -252,7 +254,11 @@ def _is_ours_or_input(error: Exception) -> bool:
 
 
 def _print(found: Any, lines: Any, *, as_json: bool) -> None:
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    """JSON, or lines for people: what they show of a run may be anything, and must do nothing to a terminal."""
+    from .show import printable
+
+    shown = [printable(line) for text in ([] if as_json else lines(found)) for line in text.split("\n")]
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(shown))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ def info_lines(found: Json) -> Iterable[str]:
     model = found["model"]
     yield f"{found['path']}: {found['examples']} examples, {megabytes(found['bytes'])}, uid {found['uid'][:8]}"
     if model:
-        named = f" {model['name']}" if model.get("name") else ""
-        yield f"model: {model['class']}{named}, {model['parameters'] / 1e6:.1f} M parameters, {', '.join(model['dtype'])}"
+        yield f"model: {', '.join(_of_model(model))}"
     for part in found["parts"]:
         yield f"part {part['name']}: {part['kind']}, {part['examples']} examples, {part['commits']} commits, {part['state']}"
     yield f"written {found['write_amplification']:.2f} bytes per byte kept"
@@ -102,6 +101,16 @@ def printable(text: str) -> str:
 def megabytes(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _of_model(model: Json) -> Iterator[str]:
+    """Class and name, parameters and dtypes, as far as a run has them: whoever made it may have said anything."""
+    yield " ".join(str(model[key]) for key in ("class", "name") if model.get(key))
+    parameters, kinds = model.get("parameters"), model.get("dtype")
+    if type(parameters) is int and 0 <= parameters < 1 << 63:
+        yield f"{parameters / 1e6:.1f} M parameters"
+    if isinstance(kinds, list):
+        yield ", ".join(map(str, kinds))
 
 
 def _part(part: Any) -> Json:

@@ -165,7 +165,7 @@ def find(sites: Sequence[Column], chosen: Callable[[Column], bool]) -> list[Reco
         site = column.site or {}
         key = site["path"], site["call"]
         if key in wanted:
-            port = site["port"] if site["reduce"] is None else f"{site['port']}|{site['reduce']}"
+            port = site["port"] if site.get("reduce") is None else f"{site['port']}|{site['reduce']}"
             found.setdefault(key, {})[port] = column
     return [Recorded(*key, found[key]) for key in wanted if {"q", "weights"} & found[key].keys()]
 

@@ -15,23 +15,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
+from . import checked, strict_json
 from .dtypes import Array
-from .errors import DamagedError, FormatVersionError
+from .errors import DamagedError, FormatVersionError, SchemaError
 from .quantize import Quantization
 from .schema import VERSION, ColumnSchema, Json
 
 _HEAD = b'{"crc32c":"%08x","record":'
 _HEAD_BYTES = len(_HEAD % 0)
+MOST_BYTES = strict_json.MOST_OF_RECORD + _HEAD_BYTES + 1
 KINDS = ("commit", "closed", "sealed", "repaired")
 CHECKPOINT_EVERY = 1000
 _PLAIN = ("run", "part", "number", "previous", "kind", "document", "rows", "nonfinite", "written")
 _OPTIONAL = ("copies", "assets")
+_MEMBERS = {
+    **dict.fromkeys(("run", "part", "previous", "kind", "document"), checked.TEXT),
+    **dict.fromkeys(("number", "written"), checked.COUNT),
+    **dict.fromkeys(("rows", "columns", "arrays", "nonfinite"), checked.OBJECT),
+    "aligned": checked.LIST,
+}
+_MORE = {**dict.fromkeys(("copies", "assets", "checkpoint", "quantization"), checked.OBJECT), "withdrawn": checked.LIST}
+_END = {"number": checked.COUNT, "digest": checked.TEXT}
+_ARRAY = {"rows", "shards"}
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+_LIST_FILE = re.compile(r"\d{12,18}\.[0-9a-f]{16}\.shards")
 
 
 @dataclass(frozen=True)
@@ -48,10 +63,16 @@ class ShardRecord:
         return [self.rows, self.crcs.astype("<u4").tobytes().hex(), *size]
 
     @classmethod
-    def from_json(cls, document: list[int | str]) -> ShardRecord:
-        """The reverse of `to_json`."""
+    def from_json(cls, document: Any) -> ShardRecord:
+        """The reverse of `to_json`; DamagedError for anything else."""
+        if type(document) is not list or not 2 <= len(document) <= 3 or type(document[1]) is not str:
+            raise checked.unexpected("a shard", document, "[rows, checksums] or [rows, checksums, bytes]")
         rows, digits, *size = document
-        return cls(int(rows), np.frombuffer(bytes.fromhex(str(digits)), "<u4"), *map(int, size))
+        counted = checked.numbers([rows, *size], "rows and bytes of a shard")
+        try:
+            return cls(rows, np.frombuffer(bytes.fromhex(digits), "<u4"), *counted[1:])
+        except ValueError:
+            raise checked.unexpected("the checksums of a shard", digits, "8 hexadecimal digits for each chunk") from None
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,10 @@ class Record:
     def encode(self) -> bytes:
         """The file's bytes."""
         body = json.dumps(self._to_json(), separators=(",", ":"), allow_nan=False).encode()
+        if len(body) > strict_json.MOST_OF_RECORD:
+            raise SchemaError(
+                f"a commit record of {len(body)} bytes, where one has at most {strict_json.MOST_OF_RECORD}: commit more often"
+            )
         return _framed(body)
 
     def _to_json(self) -> Json:
@@ -139,30 +164,36 @@ class Record:
     @classmethod
     def decode(cls, data: bytes, where: str) -> Record:
         """The record in a file; DamagedError if it is not what was written, FormatVersionError if it is of a later version."""
-        document = json.loads(_body(data, where))
+        body = _body(data, where)
+        document = checked.of_kind(strict_json.parse(body, where, most=strict_json.MOST_OF_RECORD), where, checked.OBJECT)
         version, kind = document.get("version"), document.get("kind")
-        if version != VERSION or kind not in KINDS:
+        if type(version) is not int or version != VERSION or kind not in KINDS:
             raise FormatVersionError(
-                f"{where} is a record of kind {kind!r} and format version {version!r}; this tensortape reads {' and '.join(KINDS)} "
-                f"records of version {VERSION}: update tensortape"
+                f"{where} is a record of kind {checked.shown(kind)} and format version {checked.shown(version)}; this tensortape "
+                f"reads {' and '.join(KINDS)} records of version {VERSION}: update tensortape"
             )
-        return cls._from_json(document)
+        with checked.named(where):
+            return cls._from_json(checked.members(document, "the record", _MEMBERS, _MORE))
 
     @classmethod
     def _from_json(cls, document: Json) -> Record:
         arrays = document["arrays"]
-        checkpoint = document.get("checkpoint", {"file": "", "arrays": {}})
+        for path, array in arrays.items():
+            if type(array) is not dict or not array.keys() >= _ARRAY or type(array["shards"]) is not dict:
+                raise checked.unexpected(f"array {checked.shown(path)}", array, "an object with 'rows' and 'shards'")
+        for key in ("rows", "nonfinite"):
+            checked.counts(document[key], f"{key!r}")
         return cls(
             **{key: document[key] for key in _PLAIN},
-            **{key: document.get(key, {}) for key in _OPTIONAL},
-            columns={name: ColumnSchema.from_json(name, schema) for name, schema in document["columns"].items()},
-            array_rows={path: array["rows"] for path, array in arrays.items()},
+            copies=checked.texts(document.get("copies", {}), "'copies'"),
+            assets=checked.texts(document.get("assets", {}), "'assets'"),
+            columns={name: _column(name, schema) for name, schema in document["columns"].items()},
+            array_rows=checked.counts({path: array["rows"] for path, array in arrays.items()}, "the rows of arrays"),
             shards={path: _shards(array["shards"]) for path, array in arrays.items()},
-            aligned=tuple((part, first, count) for part, first, count in document["aligned"]),
-            listed={path: Listed(*numbers) for path, numbers in checkpoint["arrays"].items()},
-            list_file=checkpoint["file"],
-            withdrawn=tuple((first, count) for first, count in document.get("withdrawn", [])),
-            quantization={name: Quantization(*cost) for name, cost in document.get("quantization", {}).items()},
+            aligned=tuple(_aligned(span) for span in checked.rows_of(document["aligned"], "'aligned'", 3)),
+            **_checkpoint(document.get("checkpoint", {"file": "", "arrays": {}})),
+            withdrawn=tuple(_span(*span) for span in checked.rows_of(document.get("withdrawn", []), "'withdrawn'", 2)),
+            quantization={name: _cost(name, cost) for name, cost in document.get("quantization", {}).items()},
         )
 
 
@@ -193,10 +224,11 @@ class End:
     def decode(cls, data: bytes, where: str) -> End:
         """The reverse; DamagedError for anything that `encode` does not write."""
         try:
-            found = cls(**json.loads(data))
-            if found.encode() == data and found.number >= found.first >= 1:
+            said = checked.members(strict_json.parse(data, where), where, _END, {"first": checked.COUNT})
+            found = cls(**said)
+            if found.encode() == data and checked.MOST >= found.number >= found.first >= 1:
                 return found
-        except (ValueError, TypeError):
+        except (DamagedError, TypeError):
             pass
         raise DamagedError(f"{where}: what closed the part is damaged")
 
@@ -220,7 +252,12 @@ def decode_list(data: bytes, listed: Listed, where: str) -> dict[int, ShardRecor
     """The shards of one array out of its bytes in a checkpoint's list."""
     if len(data) != listed.size or google_crc32c.value(data) != listed.crc:
         raise DamagedError(f"{where}: the list of shards is damaged (its checksum does not match)")
+    if len(data) < 24 * listed.shards:
+        raise DamagedError(f"{where}: the list of {listed.shards} shards has {len(data)} bytes")
     head = np.frombuffer(data, "<i8", 3 * listed.shards).reshape(-1, 3)
+    # Each is looked at before their sum, which could come round to the right one.
+    if (head[:, :2] < 0).any() or (head[:, 1] > len(data)).any() or 4 * int(head[:, 1].sum()) != len(data) - head.nbytes:
+        raise DamagedError(f"{where}: the list of shards does not have the checksums that it says it has")
     crcs = np.split(np.frombuffer(data, "<u4", offset=head.nbytes), np.cumsum(head[:, 1])[:-1]) if listed.shards else []
     shards = zip(head[:, [0, 2]].tolist(), crcs, strict=True)
     return {number: ShardRecord(rows, found, None if size < 0 else size) for number, ((rows, size), found) in enumerate(shards)}
@@ -232,7 +269,43 @@ def digest(data: bytes) -> str:
 
 
 def _shards(document: Json) -> dict[int, ShardRecord]:
+    for number in document:
+        if not _NUMBER.fullmatch(number):
+            raise checked.unexpected("the number of a shard", number, "an integer")
     return {int(number): ShardRecord.from_json(shard) for number, shard in document.items()}
+
+
+def _aligned(span: list[Any]) -> tuple[str, int, int]:
+    checked.of_kind(span[0], "the part of an aligned span", checked.TEXT)
+    return span[0], *_span(*span[1:])
+
+
+def _span(first: Any, count: Any) -> tuple[int, int]:
+    return checked.number(first, "the first of a span"), checked.number(count, "the length of a span")
+
+
+def _cost(name: str, cost: Any) -> Quantization:
+    what = f"the quantization of {checked.shown(name)}"
+    return Quantization(*(checked.finite(number, what) for number in checked.rows_of([cost], what, 3)[0]))
+
+
+def _checkpoint(document: Json) -> dict[str, Any]:
+    """What a record says of its checkpoint: the file of lists, and what is where in it."""
+    checked.members(document, "the checkpoint", {"file": checked.TEXT, "arrays": checked.OBJECT})
+    file, arrays = document["file"], document["arrays"]
+    if file and not _LIST_FILE.fullmatch(file):
+        raise checked.unexpected("the checkpoint's file", file, "the name of a list of shards")
+    for path, numbers in arrays.items():
+        checked.rows_of([checked.of_kind(numbers, checked.shown(path), checked.LIST)], "the checkpoint", 5)
+        checked.numbers(numbers, f"the list of {checked.shown(path)}")
+    return {"list_file": file, "listed": {path: Listed(*numbers) for path, numbers in arrays.items()}}
+
+
+def _column(name: str, document: Any) -> ColumnSchema:
+    try:
+        return ColumnSchema.from_json(name, document)
+    except SchemaError as error:  # what a writer would refuse
+        raise DamagedError(str(error)) from None
 
 
 def _framed(body: bytes) -> bytes:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from .dtypes import Array
-from .errors import SchemaError
+from .errors import DamagedError, SchemaError
 from .names import is_bookkeeping, is_ragged
 from .part_reader import PartReader
 
@@ -112,6 +112,8 @@ class Index:
     def _all_keys(self) -> tuple[Array, Array, Array]:
         columns = zip(*(part.keys() for part in self._own), strict=True)
         ids, phases, steps = ([value for part in column for value in part] for column in columns) if self._own else ([], [], [])
+        if len({part.state.columns["example/id"].dtype for part in self._own}) > 1:
+            raise DamagedError("the ids of some parts are text and those of others are numbers: they are of different runs")
         kind = object if ids and isinstance(ids[0], str) else np.int64
         return np.array(ids, kind), np.array(phases, object), np.array(steps, np.int64)
 
@@ -132,7 +134,13 @@ def _codes(values: Array) -> Array:
 
 
 def _aligned(part: PartReader, numbers: dict[str, Array]) -> Array:
-    return np.concatenate([numbers[name][first : first + count] for name, first, count in part.state.aligned])
+    """What a part lines up with; `_own` has seen that the examples are there."""
+    spans = part.state.aligned
+    if not {name for name, _, _ in spans} <= numbers.keys() or sum(count for _, _, count in spans) != part.state.examples:
+        raise DamagedError(
+            f"parts/{part.state.name}: it is said to line up with parts that do not come before it, or have other rows"
+        )
+    return np.concatenate([numbers[name][first : first + count] for name, first, count in spans])
 
 
 def _bounds(reader: PartReader, column: str) -> tuple[Array, Array]:

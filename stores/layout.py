@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import BudgetError
+from .errors import BudgetError, DamagedError
 
 CHUNK_BYTES = 512 << 10
 CHUNK_ROWS = 4096
@@ -18,6 +18,8 @@ SHARD_BYTES = 128 << 20
 SMALL_ROW_BYTES = 64
 SMALL_SHARD_BYTES = 4 << 20
 DEFAULT_BUDGET = 512 << 20
+MOST_BYTES = 1 << 62  # of a shard
+MOST_CHUNKS = 1 << 20  # of a shard: its index has 16 bytes for each
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,30 @@ class Grid:
 
     chunk: tuple[int, ...]
     shard: tuple[int, ...]
+
+
+NO_GRID = Grid((), ())
+
+
+def check_grid(grid: Grid, shape: tuple[int, ...], itemsize: int, what: str) -> None:
+    """DamagedError unless this may be the grid of rows of `shape`: whole shards of whole chunks, which cut no axis but rows' first.
+
+    Chunks of rows that are cut hold one row.
+    """
+    chunk, shard = grid.chunk, grid.shard
+    if len(chunk) != len(shape) + 1 or len(shard) != len(chunk):
+        raise DamagedError(
+            f"{what} has chunks of {list(chunk)[:17]} and shards of {list(shard)[:17]} for rows of shape {list(shape)}"
+        )
+    split = bool(shape) and chunk[1] != shape[0]
+    right = shard[0] % chunk[0] == 0 and chunk[2:] == shard[2:] == shape[1:]
+    if shape:
+        right = right and chunk[1] <= shape[0] and shard[1] == _whole(shape[0], chunk[1]) and (chunk[0] == 1 or not split)
+    slots = math.prod(shard) // math.prod(chunk)
+    if not right or slots > MOST_CHUNKS or math.prod(shard) * itemsize > MOST_BYTES:
+        raise DamagedError(
+            f"{what} has chunks of {list(chunk)} and shards of {list(shard)}, which do not fit rows of {list(shape)}"
+        )
 
 
 def plan(shape: tuple[int, ...], itemsize: int, shard_bytes: int) -> Grid:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 
 from .errors import SchemaError
 
@@ -16,9 +17,11 @@ LIMIT = 200
 _KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_.-")
 _ESCAPED = re.compile(rb"~([0-9a-f]{2})")
 _RESERVED = re.compile(r"(zarr\.json|c|c[./].*|\..*|__.*|(con|prn|aux|nul|com\d|lpt\d)(\..*)?)")
+_ON_DISK = re.compile(r"(?!\.)[a-z0-9_.~-]{1,250}")
 _TABLE = re.compile(r"example|step|(token|pair)(\..+)?")
 
 
+@lru_cache(maxsize=1 << 14)
 def to_disk(name: str) -> str:
     """The file name of a table or column."""
     escaped = "".join(chr(byte) if byte in _KEPT else f"~{byte:02x}" for byte in name.encode())
@@ -34,6 +37,11 @@ def from_disk(file_name: str) -> str:
     if "~~" in file_name:
         raise ValueError(f"{file_name!r} was cut; its true name is in the schema")
     return _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), file_name.encode()).decode()
+
+
+def is_on_disk(file_name: str) -> bool:
+    """Whether this may be a file name that `to_disk` gave: one name, of a file that is not hidden."""
+    return _ON_DISK.fullmatch(file_name) is not None
 
 
 def split(name: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 
 from . import codecs, dtypes
+from .commits import ShardRecord
 from .compressed_shards import RecentChunks
 from .dtypes import TEXT, Array
 from .errors import DamagedError
 from .geometry import Geometry
+from .part_checks import check_bounds, check_shards
 from .part_state import ArrayState, PartState
 from .parts import shard_path
 from .places.loaded import Loaded
 from .schema import ArraySchema, ColumnSchema
 from .shard_cache import ShardCache, file_bytes, shard_of
 from .shards import Shard
+
+UNASKED = 16 << 20  # bytes that are allocated before anybody has looked whether there are files for them
 
 
 class ArrayReader:
@@ -46,7 +50,7 @@ class ArrayReader:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the files they are in."""
-        return sum(file_bytes(record, self.geometry) for record in self._state.shards.values())
+        return sum(file_bytes(record, self.geometry) for record in self._shards.values())
 
     def slice(self, start: int, stop: int) -> Array:
         """Rows [start, stop): a read-only view within one chunk, a copy otherwise."""
@@ -54,6 +58,7 @@ class ArrayReader:
             return np.empty((0, *self._schema.shape), self.geometry.dtype)
         if start // self._stretch == (stop - 1) // self._stretch:
             return self._read(start, stop)
+        self.check_there(start, stop)
         out = np.empty((stop - start, *self._schema.shape), self.geometry.dtype)
         for first in range(start - start % self._stretch, stop, self._stretch):
             a, b = max(start, first), min(stop, first + self._stretch)
@@ -74,23 +79,23 @@ class ArrayReader:
 
     def shards(self) -> Iterator[tuple[int, str, bool]]:
         """(number, path, sealed) of each shard."""
-        for number, record in sorted(self._state.shards.items()):
+        for number, record in sorted(self._shards.items()):
             yield number, self._path(number), self._sealed(record.rows)
 
     def open(self, number: int) -> Shard:
         """One shard, unchecked."""
-        record = self._state.shards.get(number)
+        record = self._shards.get(number)
         if record is None:
             raise DamagedError(f"{self._path(number)}: no commit record names this shard")
         return self._part.cache.get(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
 
     def shard_of(self, number: int, content: bytes) -> Shard:
         """A shard as if its file held `content`; DamagedError where that cannot be one."""
-        return shard_of(Loaded(content), self.geometry, self._state.shards[number], RecentChunks())
+        return shard_of(Loaded(content), self.geometry, self._shards[number], RecentChunks())
 
     def chunks_in(self, number: int) -> int:
         """How many chunks of a shard were committed."""
-        return len(self._state.shards[number].crcs)
+        return len(self._shards[number].crcs)
 
     def filled(self, rows: int) -> Array:
         """Rows of the fill value."""
@@ -98,17 +103,30 @@ class ArrayReader:
 
     def file_bytes(self, number: int) -> int:
         """The size a shard's file had when it was committed."""
-        return file_bytes(self._state.shards[number], self.geometry)
+        return file_bytes(self._shards[number], self.geometry)
 
     def check_size(self, number: int) -> None:
         """DamagedError unless a shard's file is there and large enough, or just as large where it cannot have grown."""
-        record = self._state.shards[number]
+        record = self._shards[number]
         self._part.cache.check_size(self._path(number), self.geometry, record, sealed=self._sealed(record.rows))
 
     def rows_in(self, number: int) -> tuple[int, int]:
         """First and one past the last committed row of a shard."""
         first = number * self.geometry.shard_rows
-        return first, first + self._state.shards[number].rows
+        return first, first + self._shards[number].rows
+
+    def check_there(self, start: int, stop: int) -> None:
+        """DamagedError unless the files of rows [start, stop) can hold them; not asked for rows that take little memory."""
+        if (stop - start) * max(self.geometry.chunk_row_bytes * self.geometry.pieces, 8) > UNASKED:
+            for number in range(start // self.geometry.shard_rows, -(-stop // self.geometry.shard_rows)):
+                self.check_size(number)
+
+    @cached_property
+    def _shards(self) -> dict[int, ShardRecord]:
+        """Shards by number; DamagedError unless they are those of the committed rows."""
+        found = self._state.shards
+        check_shards(f"parts/{self._part.state.name}/{self._schema.path}", found, self.rows, self.geometry)
+        return found
 
     def _read(self, start: int, stop: int) -> Array:
         """Rows [start, stop) of one stretch."""
@@ -194,6 +212,7 @@ class PartReader:
     @cached_property
     def kept(self) -> Array:
         """Numbers of the part's examples that no repair has withdrawn; int64."""
+        self.array(self.state.columns["example/step"].arrays["values"]).check_there(0, self.state.examples)
         kept = np.ones(self.state.examples, bool)
         for first, count in self.state.withdrawn:
             kept[first : first + count] = False
@@ -210,6 +229,7 @@ class PartReader:
         if table not in self._bounds:
             columns = (self.state.columns[f"example/{kind}.{table}"] for kind in ("start", "length"))
             start, length = map(self._of_kept, columns)
+            check_bounds(f"parts/{self.state.name}", table, start, length, self.state.rows[table])
             self._bounds[table] = start, length
         return self._bounds[table]
 
@@ -227,7 +247,7 @@ class PartReader:
         """The ids of the first and the last of some of the part's examples; None where they are damaged too."""
         try:
             first, last = self.gather(self.state.columns["example/id"], examples[[0, -1]]).tolist()
-        except (DamagedError, UnicodeDecodeError):
+        except DamagedError:
             return None
         return first, last
 
@@ -271,10 +291,11 @@ class PartReader:
         """Texts by number; nothing between them is decoded."""
         ends = self.array(column.arrays["end"])
         stop, start = ends.gather(rows), np.where(rows > 0, ends.gather(np.maximum(rows - 1, 0)), 0)
+        self._check_ends(column, start, stop)
         first = int(start.min())
         utf8: bytes = self.array(column.arrays["utf8"]).slice(first, int(stop.max())).tobytes()
         texts = np.empty(len(rows), object)
-        texts[:] = [utf8[a:b].decode() for a, b in zip((start - first).tolist(), (stop - first).tolist(), strict=True)]
+        texts[:] = self._decoded(column, utf8, zip((start - first).tolist(), (stop - first).tolist(), strict=True))
         return texts
 
     def _text(self, column: ColumnSchema, start: int, stop: int) -> Array:
@@ -283,7 +304,19 @@ class PartReader:
             ends = np.concatenate([np.zeros(1, np.int64), ends])
         texts = np.empty(stop - start, object)
         if len(texts):
+            self._check_ends(column, ends[:-1], ends[1:])
             utf8: bytes = self.array(column.arrays["utf8"]).slice(int(ends[0]), int(ends[-1])).tobytes()
             edges = (ends - ends[0]).tolist()
-            texts[:] = [utf8[a:b].decode() for a, b in pairwise(edges)]
+            texts[:] = self._decoded(column, utf8, pairwise(edges))
         return texts
+
+    def _check_ends(self, column: ColumnSchema, start: Array, stop: Array) -> None:
+        if start.min() < 0 or (start > stop).any() or stop.max() > self.array(column.arrays["utf8"]).rows:
+            raise DamagedError(f"parts/{self.state.name}/{column.arrays['end'].path}: texts end where no text can")
+
+    def _decoded(self, column: ColumnSchema, utf8: bytes, edges: Iterable[tuple[int, int]]) -> list[str]:
+        try:
+            return [utf8[a:b].decode() for a, b in edges]
+        except UnicodeDecodeError as error:
+            path = f"parts/{self.state.name}/{column.arrays['utf8'].path}"
+            raise DamagedError(f"{path}: not UTF-8 ({error.reason})") from None

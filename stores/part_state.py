@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from . import commits
+from . import commits, strict_json
 from .commits import End, Listed, Record, ShardRecord
 from .errors import DamagedError
+from .part_checks import check_part
 from .places import Place
 from .quantize import Quantization
 from .schema import ColumnSchema, Json, PartDocument
 
-_PART = re.compile(r"p\d{6,}")
-_RECORD = re.compile(r"\d{12,}\.json")
+_PART = re.compile(r"p\d{6,18}")
+_RECORD = re.compile(r"\d{12,18}\.json")
 
 
 def _none() -> dict[int, ShardRecord]:
@@ -136,6 +136,7 @@ def read_part(place: Place, run: str, name: str, *, whole: bool = False) -> Part
     part.ended = end is not None
     if end is not None and (end.number, end.digest) != (part.commits, part.last):
         raise DamagedError(f"{commits.end_path(name)}: the part was closed by another commit record than the ones that are there")
+    check_part(part)
     return part
 
 
@@ -143,7 +144,7 @@ def begun(place: Place, name: str) -> PartState:
     """A part as its document says, without any record."""
     where = f"parts/{name}/zarr.json"
     try:
-        document = place.read(where)
+        document = place.read(where, strict_json.MOST)
     except FileNotFoundError:
         raise DamagedError(f"{where}: the part document is missing") from None
     return PartState(name, PartDocument.from_attributes(attributes(document, where), where), commits.digest(document))
@@ -153,17 +154,14 @@ def read_end(place: Place, part: str) -> End | None:
     """What closed a part; None while it is open."""
     where = commits.end_path(part)
     try:
-        return End.decode(place.read(where), where)
+        return End.decode(place.read(where, strict_json.MOST), where)
     except FileNotFoundError:
         return None
 
 
 def attributes(document: bytes, where: str) -> Json:
     """The attributes in a group document; DamagedError if it is not one."""
-    try:
-        parsed = json.loads(document)
-    except ValueError as error:
-        raise DamagedError(f"{where}: not a Zarr group document ({error})") from None
+    parsed = strict_json.parse(document, where)
     found = parsed.get("attributes", {}) if isinstance(parsed, dict) else None
     if not isinstance(found, dict):
         raise DamagedError(f"{where}: not a Zarr group document")
@@ -174,7 +172,7 @@ def read_record(place: Place, run: str, part: str, number: int) -> tuple[Record,
     """One record and its digest; DamagedError if it is missing or belongs elsewhere."""
     path = commits.path_of(part, number)
     try:
-        data = place.read(path)
+        data = place.read(path, commits.MOST_BYTES)
     except FileNotFoundError:
         raise DamagedError(f"{path}: the commit record is missing") from None
     record = Record.decode(data, path)

@@ -12,13 +12,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from . import dtypes
+from . import checked, dtypes
 from .dtypes import Array
-from .errors import FormatVersionError, SchemaError
+from .errors import DamagedError, FormatVersionError, SchemaError
 
 INT8 = "int8"
 NAMES = (INT8,)
@@ -65,11 +66,19 @@ class Int8:
         return {"codes": INT8, "outliers": list(self.outliers)}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Int8:
-        """The reverse of `to_json`; FormatVersionError for codes of a later version."""
+    def from_json(cls, document: dict[str, Any], features: int) -> Int8:
+        """The reverse of `to_json`, for rows of so many features.
+
+        Raises:
+            DamagedError: positions that are none of theirs. FormatVersionError: codes of a later version.
+        """
+        checked.members(document, "'quantized'", {"codes": checked.TEXT, "outliers": checked.LIST})
         if document["codes"] != INT8:
             raise FormatVersionError(f"a column is quantised to {document['codes']!r}; update tensortape to read it")
-        return cls(tuple(document["outliers"]))
+        outliers = checked.numbers(document["outliers"], "'outliers'", 0, features - 1)
+        if any(one >= other for one, other in pairwise(outliers)):
+            raise DamagedError("the positions of outliers do not ascend")
+        return cls(outliers)
 
     def roles(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Logical dtype and feature shape of the arrays that a column of this dtype and shape is kept in."""

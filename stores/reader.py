@@ -146,7 +146,7 @@ class Run:
         """The columns of recorded sites, in the order they were recorded."""
         order = dict.fromkeys(name for part in self._parts for name in part.state.columns)
         columns = (self.tables[table][short] for table, short in map(names.split, order))
-        return [column for column in columns if column.site is not None]
+        return [column for column in columns if column.site is not None and column.site.keys() >= selection.SITE_NAME]
 
     def __getitem__(self, name: str) -> Column:
         """A column by `<table>/<column>`, a recorded site by its name (`layers.3:out`), or by a pattern that fits just one.
@@ -416,7 +416,10 @@ class Run:
 
     def _scaled(self, column: Column, columns: dict[str, dict[str, Column]]) -> ScaledColumn:
         found = ScaledColumn(column.name, self._parts, self._index)
-        found.scale = columns["example"][f"{names.split(column.name)[1]}|scale"]
+        scale = f"{names.split(column.name)[1]}|scale"
+        if scale not in columns["example"]:
+            raise DamagedError(f"column {column.name!r} is said to be scaled, but the run has no 'example/{scale}'")
+        found.scale = columns["example"][scale]
         return found
 
     def _projected(self, column: Column, beside: dict[str, Column]) -> ProjectedColumn:

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import zarr_documents
-from .commits import Record, path_of
+from . import names, strict_json, zarr_documents
+from .commits import MOST_BYTES, Record, path_of
 from .errors import DamagedError, FormatVersionError, LostPartError, NotARunError, RunExistsError, SchemaError
 from .part_state import PartState, attributes, claimed_parts, record_numbers
 from .places import LocalPlace, Place
@@ -93,7 +93,7 @@ def read_document(place: Place, where: str | Path) -> RunDocument:
 def read_root(place: Place, where: str | Path) -> bytes:
     """The bytes of the run document; NotARunError if there are none."""
     try:
-        return place.read(ROOT)
+        return place.read(ROOT, strict_json.MOST)
     except (FileNotFoundError, NotADirectoryError):
         reason = f"it has no {ROOT}" if place.names("") else "there is no folder with anything in it"
         raise NotARunError(f"{where} is not a tensortape run: {reason}") from None
@@ -120,7 +120,7 @@ def statements(place: Place) -> Iterator[Record]:
         for number in record_numbers(place, part):
             path = path_of(part, number)
             with suppress(DamagedError, FormatVersionError):
-                record = Record.decode(place.read(path), path)
+                record = Record.decode(place.read(path, MOST_BYTES), path)
                 if record.copies:
                     yield record
                     break
@@ -182,7 +182,7 @@ def _make_way(place: LocalPlace, session: str) -> None:
     there = _uid_unless_begun_by(place, session)
     if there is None:
         return
-    aside = place.root.with_name(f"{place.root.name}.old-{there[:8]}")
+    aside = place.root.with_name(f"{place.root.name}.old-{names.to_disk(there[:8])}")
     try:
         place.root.rename(aside)
     except OSError:

@@ -7,6 +7,7 @@ from .commits import Record
 from .errors import DamagedError
 from .part_state import PartState, begun, list_path, read_list, record_numbers
 from .places import Place
+from .strict_json import MOST
 from .zarr_documents import DOCUMENT, stated_rows
 
 Whole = dict[int, tuple[Record, str]]
@@ -17,8 +18,8 @@ def whole_records(place: Place, run: str, part: str) -> Whole:
     found: Whole = {}
     for number in record_numbers(place, part):
         path = commits.path_of(part, number)
-        data = place.read(path)
         try:
+            data = place.read(path, commits.MOST_BYTES)
             record = Record.decode(data, path)
         except DamagedError:
             continue
@@ -39,7 +40,7 @@ def most_examples(place: Place, run: str, part: str) -> int:
     """The most examples that any whole record of a part, or the documents of its ids, speak of."""
     said = [record.rows.get("example", 0) for record, _ in whole_records(place, run, part).values()]
     documents = [f"parts/{part}/example/id/{role}{DOCUMENT}" for role in ("", "end/")]
-    return max([*said, *(stated_rows(place.read(path)) or 0 for path in documents if place.exists(path))], default=0)
+    return max([*said, *(stated_rows(place.read(path, MOST)) or 0 for path in documents if place.exists(path))], default=0)
 
 
 def _is_usable(place: Place, record: Record) -> bool:

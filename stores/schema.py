@@ -8,18 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import codecs, dtypes, names
+from . import checked, codecs, dtypes, layout, names, strict_json
 from .errors import DamagedError, FormatVersionError, SchemaError
-from .layout import Grid, plan
+from .layout import NO_GRID, Grid, plan
+from .quantize import DTYPES as QUANTIZED
 from .quantize import Int8
 
 FORMAT = "tensortape"
 VERSION = 1
 
 Json = dict[str, Any]
+
+MOST_AXES = 16
+_ARRAY = {
+    **dict.fromkeys(("path", "dtype", "codec"), checked.TEXT),
+    **dict.fromkeys(("shape", "chunk", "shard"), checked.LIST),
+}
+_COLUMN = {
+    "dtype": checked.TEXT,
+    "shape": checked.LIST,
+    "axes": checked.LIST,
+    "arrays": checked.OBJECT,
+    "site": checked.OPTIONAL_OBJECT,
+    "attributes": checked.OBJECT,
+}
+_RUN = {"uid": checked.TEXT, **dict.fromkeys(("model", "provenance", "fingerprint", "policy"), checked.OBJECT)}
+_PART = {
+    **dict.fromkeys(("run", "session", "kind", "writer", "nonce"), checked.TEXT),
+    **dict.fromkeys(("rank", "world_size"), checked.COUNT),
+    "from_step": checked.OPTIONAL_COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +74,25 @@ class ArraySchema:
         }
 
     @classmethod
-    def from_json(cls, name: str, document: Json) -> ArraySchema:
-        """The reverse of `to_json`; FormatVersionError for a codec of a later version."""
-        if document["codec"] not in codecs.NAMES:
+    def from_json(cls, due: ArraySchema, document: Any) -> ArraySchema:
+        """The reverse of `to_json`, of which all but grid and codec follow from the column: it must be what is `due`.
+
+        Raises:
+            DamagedError; FormatVersionError for a codec or dtype of a later version.
+        """
+        what = f"array {due.path!r}"
+        checked.members(document, what, _ARRAY)
+        if document["codec"] not in codecs.NAMES or document["dtype"] not in dtypes.KNOWN:
             raise FormatVersionError(
-                f"array {document['path']!r} uses the codec {document['codec']!r}; update tensortape to read it"
+                f"{what} has the dtype {checked.shown(document['dtype'])} and uses the codec {checked.shown(document['codec'])}; "
+                "update tensortape to read it"
             )
-        grid = Grid(tuple(document["chunk"]), tuple(document["shard"]))
-        return cls(name, document["path"], document["dtype"], tuple(document["shape"]), grid, document["codec"])
+        if (document["path"], document["dtype"], document["shape"]) != (due.path, due.dtype, list(due.shape)):
+            said = f"{checked.shown(document['path'])}, {document['dtype']}, {checked.shown(document['shape'])}"
+            raise DamagedError(f"{what} is said to be {said}; its column makes it {due.path!r}, {due.dtype}, {list(due.shape)}")
+        grid = Grid(*(checked.numbers(document[key], f"{key!r} of {what}", 1) for key in ("chunk", "shard")))
+        layout.check_grid(grid, due.shape, dtypes.stored(due.dtype).itemsize, what)
+        return replace(due, grid=grid, codec=document["codec"])
 
 
 @dataclass(frozen=True)
@@ -101,11 +133,40 @@ class ColumnSchema:
 
     @classmethod
     def from_json(cls, name: str, document: Json) -> ColumnSchema:
-        """The reverse of `to_json`."""
-        arrays = {role: ArraySchema.from_json(role, array) for role, array in document["arrays"].items()}
-        shape, axes = tuple(document["shape"]), tuple(document["axes"])
-        quantized = Int8.from_json(document["quantized"]) if "quantized" in document else None
-        return cls(name, document["dtype"], shape, axes, arrays, document["site"], document["attributes"], quantized)
+        """The reverse of `to_json`; DamagedError for what no writer says, FormatVersionError for what a later version may say."""
+        try:
+            key = name, repr(document)
+        except RecursionError:
+            raise DamagedError(f"column {checked.shown(name)} is nested too deeply") from None
+        if key not in _CHECKED:
+            found = cls._from_json(name, document)
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            if len(key[1]) > _LONGEST_CHECKED:
+                return found
+            _CHECKED[key] = found
+        return _CHECKED[key]
+
+    @classmethod
+    def _from_json(cls, name: str, document: Any) -> ColumnSchema:
+        what = f"column {checked.shown(name)}"
+        checked.members(document, what, _COLUMN, {"quantized": checked.OBJECT})
+        dtype, shape = _checked_dtype(document["dtype"], what), _checked_shape(document["shape"], what)
+        axes = tuple(checked.of_kind(axis, f"an axis of {what}", checked.TEXT) for axis in document["axes"])
+        if len(axes) != len(shape):
+            raise DamagedError(f"{what} has {len(axes)} axes, but the feature shape {shape}")
+        quantized = Int8.from_json(document["quantized"], math.prod(shape)) if "quantized" in document else None
+        if (quantized and dtype not in QUANTIZED) or (dtype == dtypes.TEXT and shape):
+            raise DamagedError(f"{what} of {dtype} cannot have the feature shape {shape}, or be quantised")
+        arrays = _checked_arrays(document["arrays"], _due(name, dtype, shape, quantized), what)
+        for key in ("site", "attributes"):
+            if document[key]:
+                strict_json.check_shallow(document[key], f"{key!r} of {what}")
+        return cls(name, dtype, shape, axes, arrays, document["site"], document["attributes"], quantized)
+
+
+_CHECKED: dict[tuple[str, str], ColumnSchema] = {}  # parts of a run repeat their columns: each is checked once
+_MOST_CHECKED, _LONGEST_CHECKED = 4096, 4096
 
 
 def column_schema(
@@ -125,13 +186,10 @@ def column_schema(
         raise SchemaError(f"column {name!r} has the feature shape {shape}; every axis needs at least one value")
     if axes is not None and len(axes) != len(shape):
         raise SchemaError(f"column {name!r} has the feature shape {shape}, but the axes {axes}; name each feature axis")
-    table, column = names.split(name)
-    path = f"{names.to_disk(table)}/{names.to_disk(column)}"
     arrays = {}
-    for role, (kind, of) in _roles(dtype, shape, quantized).items():
-        where = path if role == "values" else f"{path}/{role}"
-        grid = plan(of, dtypes.stored(kind).itemsize, shard_bytes)
-        arrays[role] = ArraySchema(role, where, kind, of, grid, _codec_of(role, codec))
+    for role, due in _due(name, dtype, shape, quantized).items():
+        grid = plan(due.shape, dtypes.stored(due.dtype).itemsize, shard_bytes)
+        arrays[role] = replace(due, grid=grid, codec=_codec_of(role, codec))
     return ColumnSchema(name, dtype, shape, axes or _axes(len(shape)), arrays, site, attributes or {}, quantized)
 
 
@@ -147,6 +205,35 @@ def stored_arrays(
     roles = _roles(dtype, shape, quantized)
     times = {role: 1 if _codec_of(role, codec) == codecs.NONE else 2 for role in roles}
     return [(of, dtypes.stored(kind).itemsize) for role, (kind, of) in roles.items() for _ in range(times[role])]
+
+
+def _due(name: str, dtype: str, shape: tuple[int, ...], quantized: Int8 | None) -> dict[str, ArraySchema]:
+    """The arrays of a column, still without grid and codec. Where they lie follows from its name."""
+    table, column = names.split(name)
+    path = f"{names.to_disk(table)}/{names.to_disk(column)}"
+    return {
+        role: ArraySchema(role, path if role == "values" else f"{path}/{role}", kind, of, NO_GRID)
+        for role, (kind, of) in _roles(dtype, shape, quantized).items()
+    }
+
+
+def _checked_dtype(dtype: str, what: str) -> str:
+    if dtype not in dtypes.KNOWN and dtype != dtypes.TEXT:
+        raise FormatVersionError(f"{what} has the dtype {checked.shown(dtype)}; update tensortape to read it")
+    return dtype
+
+
+def _checked_shape(shape: list[Any], what: str) -> tuple[int, ...]:
+    found = checked.numbers(shape, f"the feature shape of {what}", 1)
+    if len(found) > MOST_AXES or math.prod(found) > checked.MOST:
+        raise DamagedError(f"{what} has a feature shape of {len(found)} axes and {math.prod(found)} values, more than any run has")
+    return found
+
+
+def _checked_arrays(document: Json, due: dict[str, ArraySchema], what: str) -> dict[str, ArraySchema]:
+    if document.keys() != due.keys():
+        raise DamagedError(f"{what} has the roles {checked.shown(sorted(document))}, where {sorted(due)} were expected")
+    return {role: ArraySchema.from_json(array, document[role]) for role, array in due.items()}
 
 
 def _roles(dtype: str, shape: tuple[int, ...], quantized: Int8 | None) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -186,11 +273,10 @@ class RunDocument:
         """The reverse; FormatVersionError for a newer format."""
         document = _ours(attributes, where)
         _check_version(document, where)
-        try:
-            needed = {key: document[key] for key in ("uid", "model", "provenance", "fingerprint", "policy")}
-            return cls(**needed, session=document.get("session", ""))
-        except KeyError as error:
-            raise DamagedError(f"{where}: the run document has no {error}") from None
+        with checked.named(where):
+            checked.members(document, "the run document", _RUN, {"session": checked.TEXT})
+            strict_json.check_shallow(document, "the run document")
+        return cls(**{key: document[key] for key in _RUN}, session=document.get("session", ""))
 
 
 @dataclass(frozen=True)
@@ -215,20 +301,21 @@ class PartDocument:
         """The reverse; FormatVersionError for a rewinding part, which a later version writes."""
         document = _ours(attributes, where)
         _check_version(document, where)
-        try:
-            part = cls(**document["part"])
-        except (KeyError, TypeError) as error:
-            raise DamagedError(f"{where}: not a part document ({error})") from None
+        with checked.named(where):
+            said = checked.members(document.get("part"), "the part document", {"run": checked.TEXT, "session": checked.TEXT}, _PART)
+        if unknown := said.keys() - _PART.keys():
+            raise DamagedError(f"{where}: not a part document (it has {checked.shown(sorted(unknown))})")
+        part = cls(**said)
         if part.from_step is not None:
             raise FormatVersionError(f"{where} rewinds to step {part.from_step}; update tensortape to read it")
         return part
 
 
 def _check_version(document: Json, where: str) -> None:
-    if document["version"] != VERSION:
+    if type(document["version"]) is not int or document["version"] != VERSION:
         raise FormatVersionError(
-            f"{where} is a tensortape run of format version {document['version']!r}, but this tensortape reads version {VERSION}; "
-            "update tensortape"
+            f"{where} is a tensortape run of format version {checked.shown(document['version'])}, but this "
+            f"tensortape reads version {VERSION}; update tensortape"
         )
 
 

@@ -10,6 +10,8 @@ from .columns import Column, Table
 from .errors import UnknownColumnError
 from .patterns import Alias, Pattern, SiteName
 
+SITE_NAME = frozenset(("path", "port", "call"))  # what a site is selected by
+
 
 def select(columns: Sequence[Column], patterns: Sequence[str]) -> list[Column]:
     """Columns that any pattern selects, in their own order; UnknownColumnError for a pattern that selects none."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import commits, projected, runs, zarr_documents
+from . import commits, projected, runs, strict_json, zarr_documents
 from .dtypes import Array
 from .errors import NotARunError, StoreError
 from .part_reader import ArrayReader, PartReader
@@ -156,7 +156,7 @@ class _Checks:
             if self._content(path) != text.encode():
                 self._add(path, "the document is not the one that was written")
         for name, digest in state.assets.items():
-            if hashlib.sha256(self._content(f"assets/{name}")).hexdigest() != digest:
+            if hashlib.sha256(self._content(f"assets/{name}", None)).hexdigest() != digest:
                 self._add(f"assets/{name}", "the file is missing, or not the one that was written")
 
     def _lists(self, state: PartState) -> None:
@@ -196,9 +196,9 @@ class _Checks:
         elif stated < rows:
             self.damaged.append(Damage(path, f"states {stated} rows, but {rows} are committed"))
 
-    def _content(self, path: str) -> bytes:
+    def _content(self, path: str, most: int | None = strict_json.MOST) -> bytes:
         try:
-            return self._place.read(path)
+            return self._place.read(path, most)
         except OUTAGES:
             raise
         except OSError:
@@ -207,8 +207,10 @@ class _Checks:
     def _array(self, reader: PartReader, array_path: str, array: ArrayReader) -> None:
         try:
             shards = list(array.shards())
-        except StoreError:
-            return  # the list that names them is damaged, and reported
+        except StoreError as error:
+            where = _path_in(error, f"parts/{reader.state.name}/{array_path}")
+            self._add(where, str(error).removeprefix(f"{where}: "))
+            return
         for number, path, _ in shards:
             self.shards += 1
             for reason, start, stop in self._shard(array, number, path):

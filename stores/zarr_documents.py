@@ -13,7 +13,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from . import codecs, dtypes
+from . import checked, codecs, dtypes, strict_json
+from .errors import DamagedError
 from .layout import Grid
 from .schema import ArraySchema, ColumnSchema, Json
 
@@ -41,14 +42,14 @@ def with_rows(document: Json, rows: int) -> bytes:
 def rows_of(file: bytes, document: Json) -> int | None:
     """The rows that an array's file states; None if in anything else it differs from the array's document."""
     rows = stated_rows(file)
-    return rows if rows is not None and json.loads(file) == json.loads(with_rows(document, rows)) else None
+    return rows if rows is not None and strict_json.parse(file, DOCUMENT) == json.loads(with_rows(document, rows)) else None
 
 
 def stated_rows(file: bytes) -> int | None:
     """The rows that an array's file states; None if it is not the file of an array."""
     try:
-        return int(json.loads(file)["shape"][0])
-    except (ValueError, KeyError, TypeError, IndexError):
+        return checked.number(strict_json.parse(file, DOCUMENT)["shape"][0], "rows")
+    except (DamagedError, KeyError, TypeError, IndexError):
         return None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ..dtypes import Array
+from ..errors import DamagedError
 
 Buffers = Sequence["Array | bytes"]
 Span = tuple[int, int]
@@ -58,8 +59,8 @@ class Place(Protocol):
     def settle(self) -> None:
         """Return when everything written so far survives a power loss (as far as the place's durability goes)."""
 
-    def read(self, path: str) -> bytes:
-        """The whole object; FileNotFoundError without one."""
+    def read(self, path: str, most: int | None = None) -> bytes:
+        """The whole object; FileNotFoundError without one, DamagedError for one of more than `most` bytes."""
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
@@ -86,6 +87,12 @@ class Place(Protocol):
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """What a function gives for each item; at the same time, where it spends its time waiting for the place."""
+
+
+def check_size(path: str, size: int, most: int | None) -> None:
+    """DamagedError for an object of more than `most` bytes, before it takes memory."""
+    if most is not None and size > most:
+        raise DamagedError(f"{path}: an object of {size} bytes, where one has at most {most}")
 
 
 def raw(buffers: Buffers) -> list[memoryview]:

@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import DamagedError
-from .contract import PARTIAL, Buffers, R, T, raw
+from .contract import PARTIAL, Buffers, R, T, check_size, raw
 from .loaded import Loaded
 
 Durability = Literal["fsync", "rename"]
@@ -36,6 +37,7 @@ class LocalPlace:
         self.root = root
         self._sync = durability == "fsync"
         self._unsettled: set[Path] = set()
+        self._folders: set[str] = set()  # that are no links
 
     def create(self, path: str, buffers: Buffers) -> None:
         """Write a new object; FileExistsError if there is one already.
@@ -66,17 +68,21 @@ class LocalPlace:
             _sync_folder(folder)
         self._unsettled.clear()
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int | None = None) -> bytes:
         """The whole object."""
+        check_size(path, self.size(path), most)
         return self._at(path).read_bytes()
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
-        return self._at(path).exists()
+        return os.path.lexists(self._at(path))
 
     def size(self, path: str) -> int:
         """Bytes of the object."""
-        return self._at(path).stat().st_size
+        found = self._at(path).lstat()
+        if not stat.S_ISREG(found.st_mode):  # a link may lead anywhere, and reading a pipe never ends
+            raise IsADirectoryError(f"{path}: a folder") if stat.S_ISDIR(found.st_mode) else _no_file(path)
+        return found.st_size
 
     def free(self) -> int:
         """Bytes that can still be written."""
@@ -92,13 +98,13 @@ class LocalPlace:
 
     def names(self, path: str) -> list[str]:
         """The names directly below a folder, sorted, without unfinished ones."""
-        folder = self._at(path)
+        folder = self._folder(path)
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if not name.endswith(PARTIAL))
 
     def unfinished(self, path: str) -> list[str]:
         """The names of unfinished objects directly below a folder, sorted."""
-        folder = self._at(path)
+        folder = self._folder(path)
         found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
         return sorted(name for name in found if _UNFINISHED.fullmatch(name))
 
@@ -108,9 +114,24 @@ class LocalPlace:
 
     def _at(self, path: str) -> Path:
         """Where an object lies: below the root, whatever a document of somebody else's run says."""
-        if path.startswith("/") or ".." in path.split("/"):
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise DamagedError(f"{path}: the path leads out of the run")
+        self._check_folder(path.rpartition("/")[0])
         return self.root / path
+
+    def _folder(self, path: str) -> Path:
+        folder = self._at(path)
+        self._check_folder(path)
+        return folder
+
+    def _check_folder(self, folder: str) -> None:
+        """DamagedError if a folder, or one above it in the run, is a symbolic link. Asked once of each; the root may be one."""
+        if not folder or folder in self._folders:
+            return
+        self._check_folder(folder.rpartition("/")[0])
+        if (self.root / folder).is_symlink():
+            raise _no_file(folder)
+        self._folders.add(folder)
 
     @contextmanager
     def _partial(self, final: Path, buffers: Buffers) -> Iterator[Path]:
@@ -135,6 +156,13 @@ class LocalPlace:
     def _note(self, folder: Path) -> None:
         if self._sync:
             self._unsettled.add(folder)
+
+
+def _no_file(path: str) -> DamagedError:
+    return DamagedError(
+        f"{path}: a symbolic link, a pipe or the like, which may lead out of the run and is not followed; copy the run with its "
+        "links resolved (cp -rL) if you trust it"
+    )
 
 
 def _write(path: Path, buffers: Buffers, *, sync: bool) -> None:

@@ -23,7 +23,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from ..errors import ForkedError, UnsafePlaceError
-from .contract import PARTIAL, Buffers, R, Span, T, raw
+from .contract import PARTIAL, Buffers, R, Span, T, check_size, raw
 from .failures import failure
 from .fetched import Fetched
 from .loaded import Loaded
@@ -79,9 +79,11 @@ class ObjectPlace:
     def settle(self) -> None:
         """Nothing: what the service has acknowledged, it keeps."""
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int | None = None) -> bytes:
         """The whole object."""
-        return self._ask(path, lambda: bytes(obstore.get(self._store, path).bytes()))
+        found = self._ask(path, lambda: obstore.get(self._store, path))
+        check_size(path, found.meta["size"], most)
+        return self._ask(path, lambda: bytes(found.bytes()))
 
     def remove(self, path: str) -> None:
         """Remove an object, if it is there."""

@@ -6,10 +6,12 @@ Checksums are right throughout: who makes such a run computes them too.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ import pandas as pd  # noqa: F401 - the first import would count as time of the 
 import pytest
 from strategies import put, small_chunks
 
+from tensortape.app import show
 from tensortape.stores import Run, StoreError, commits, open_run, parts
 from tensortape.stores.ragged import Cells
 
@@ -29,9 +32,6 @@ RECIPE = Recipe(51, 2, 9)
 SECONDS, BYTES = 2.0, 256 << 20
 RECORD, ROOT, PART = commits.path_of("p000000", 1), "zarr.json", "parts/p000000/zarr.json"
 Json = dict[str, Any]
-
-# What reading such a run may still do. Take out what it no longer does.
-NOT_YET_REFUSED = frozenset({"another error than ours"})
 
 
 # Documents.
@@ -66,6 +66,59 @@ def _nested(document: Json) -> None:
     document["attributes"] = json.loads("[" * 900 + "]" * 900)
 
 
+def _said(document: Json) -> Json:
+    said: Json = document["attributes"]["tensortape"]
+    return said
+
+
+def _outside(path: Path, name: str) -> Path:
+    """What used to be in the run is outside of it now, and a link leads there."""
+    there = path.parent / "outside" / "moved"
+    (path / name).rename(there)
+    (path / name).symlink_to(there)
+    return there
+
+
+def _pipe(path: Path, name: str) -> None:
+    (path / name).unlink()
+    os.mkfifo(path / name)
+
+
+def _sparse(path: Path, name: str) -> None:
+    """A file of 1 TiB that takes no room."""
+    content = (path / name).read_bytes()
+    (path / name).unlink()
+    with (path / name).open("wb") as file:
+        file.write(content)
+        file.truncate(1 << 40)
+
+
+def _text(path: Path, name: str, found: bytes, instead: bytes) -> None:
+    put(path / name, (path / name).read_bytes().replace(found, instead, 1))
+
+
+SHARD = "parts/p000000/token/h/c.0.0"
+FILES: dict[str, Callable[[Path], object]] = {
+    "a shard that is a link": lambda path: _outside(path, SHARD),
+    "a record that is a link": lambda path: _outside(path, RECORD),
+    "a column that is a link": lambda path: _outside(path, "parts/p000000/token/h"),
+    "parts that are a link": lambda path: _outside(path, "parts"),
+    "a root document that is a link": lambda path: _outside(path, ROOT),
+    "a shard that is a pipe": lambda path: _pipe(path, SHARD),
+    "a root document that is a pipe": lambda path: _pipe(path, ROOT),
+    "a root document of 1 TiB": lambda path: _sparse(path, ROOT),
+    "a record of 1 TiB": lambda path: _sparse(path, RECORD),
+    "a shard of 1 TiB": lambda path: _sparse(path, SHARD),
+    "an array document of 1 TiB": lambda path: _sparse(path, "parts/p000000/token/h/zarr.json"),
+    "a member twice": lambda path: _text(path, ROOT, b'"attributes"', b'"attributes": {}, "attributes"'),
+    "NaN": lambda path: _text(path, ROOT, b'"attributes"', b'"x": NaN, "attributes"'),
+    "100,000 nested lists": lambda path: put(path / ROOT, b"[" * 100_000),
+    "a million lists": lambda path: put(path / ROOT, b"[" + b"[]," * (5 << 20) + b"[]]"),
+    "a number of a million digits": lambda path: put(path / ROOT, b"1" * 1_000_000),
+    "UTF-16": lambda path: put(path / ROOT, (path / ROOT).read_text().encode("utf-16")),
+}
+
+
 DOCUMENTS: dict[str, tuple[str, Callable[[Json], object]]] = {
     "a path out of the run": (RECORD, _of_h(path="../../../outside/secret")),
     "an absolute path": (RECORD, _of_h(path="/outside/secret")),
@@ -78,6 +131,21 @@ DOCUMENTS: dict[str, tuple[str, Callable[[Json], object]]] = {
     "rows of 2^40 values": (RECORD, _of_h(shape=[1 << 40], chunk=[1, 1 << 40], shard=[1, 1 << 40])),
     "a dtype that is code": (RECORD, _of_h(dtype="__import__('os')")),
     "900 nested lists": (ROOT, _nested),
+    "a shape below zero": (RECORD, _of_h(shape=[-7])),
+    "a shape of 2^62 values": (RECORD, lambda record: record["columns"]["token/h"].update(shape=[1 << 62])),
+    "a pickle codec": (RECORD, _of_h(codec="pickle")),
+    "the dtype of objects": (RECORD, lambda record: record["columns"]["token/h"].update(dtype="object")),
+    "another column's array": (RECORD, _of_h(path="token/u")),
+    "shards without number": (RECORD, lambda record: record["arrays"]["token/h"].update(shards={"x": [1, "00000000"]})),
+    "a shard too many": (RECORD, lambda record: record["arrays"]["token/h"]["shards"].update({"99": [1, "00000000"]})),
+    "a text where a number is due": (RECORD, lambda record: record["rows"].update(token="7")),
+    "true for a number": (RECORD, lambda record: record["rows"].update(example=True)),
+    "withdrawn to 2^62": (RECORD, lambda record: record.update(withdrawn=[[0, 1 << 62]])),
+    "in line with itself": (RECORD, lambda record: record.update(aligned=[["p000000", 0, 10]])),
+    "a list of shards elsewhere": (RECORD, lambda record: record.update(checkpoint={"file": "../../x", "arrays": {}})),
+    "an asset elsewhere": (RECORD, lambda record: record.update(assets={"../../outside/secret": "0" * 64})),
+    "a copy of something else": (RECORD, lambda record: record.update(copies={"../outside/secret": ""})),
+    "a name that drives a terminal": (ROOT, lambda document: _said(document).update(model={"class": "\x1b]0;x\x07"})),
     "a part of another kind": (PART, lambda document: document["attributes"]["tensortape"]["part"].update(kind=["x"])),
 }
 
@@ -86,6 +154,13 @@ def hostile_documents(folder: Path) -> Iterator[list[str]]:
     """One trial per attack on a document."""
     for attack, (name, change) in DOCUMENTS.items():
         yield from _trial(folder, attack, lambda path, name=name, change=change: rewritten(path, name, change))
+
+
+def hostile_files(folder: Path) -> Iterator[list[str]]:
+    """One trial per attack on files themselves."""
+    for attack, change in FILES.items():
+        yield from _trial(folder, attack, change)
+        shutil.rmtree(folder / "outside")
 
 
 def mutated_documents(folder: Path, count: int, seed: int) -> Iterator[list[str]]:
@@ -138,6 +213,7 @@ ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
     "texts that end at 2^60": ("text_bytes", _texts(lambda at: at + (1 << 60))),
     "texts that end before they begin": ("text_bytes", _texts(lambda at: 30 - at)),
     "texts that end before the first": ("text_bytes", _texts(lambda at: -at - 7)),
+    "examples that all have all rows": ("start_columns", _starts(0)),
     "texts that are no UTF-8": ("text_bytes", _texts(lambda at: at + 1, b"\xff" * 40)),
 }
 
@@ -161,22 +237,31 @@ def _trial(folder: Path, attack: str, change: Callable[[Path], object]) -> Itera
     for name in (commits.path_of("p000000", 2), commits.end_path("p000000")):  # an open part of one record, which is rewritten
         (path / name).unlink()
     change(path)
-    with _watched(folder / "outside") as harm:
-        harm += {what for what in _read_everything(path) if what not in NOT_YET_REFUSED}
+    with watched(folder / "outside") as harm:
+        harm += read_everything(path)
     yield [f"{attack}: {what}" for what in harm]
     shutil.rmtree(path)
 
 
-def _read_everything(path: Path) -> Iterator[str]:
+def read_everything(path: Path) -> Iterator[str]:
+    """Read all that a run has, in every way; what was raised that is no error of ours."""
     try:
-        run = open_run(path)
-        for read in (run.verify, lambda: run.keys, lambda: repr(run), lambda: run.examples, *_column_reads(run)):
-            with suppress(StoreError, IndexError):
-                read()
-    except StoreError:
-        return
-    except Exception:
-        yield "another error than ours"
+        with suppress(StoreError):
+            run = open_run(path)
+            for read in (run.verify, lambda: run.keys, lambda: repr(run), lambda: run.examples, lambda: info_of(run)):
+                with suppress(StoreError):
+                    read()
+            for read in _column_reads(run):
+                with suppress(StoreError, IndexError):
+                    read()
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        yield f"another error than ours: {error!r:.200} at {Path(at.filename).name}:{at.lineno}"
+
+
+def info_of(run: Run) -> list[str]:
+    """What the command line prints of it."""
+    return [line.encode() and line for line in show.info_lines(show.info(run))]
 
 
 def _column_reads(run: Run) -> Iterator[Callable[[], Any]]:
@@ -187,7 +272,7 @@ def _column_reads(run: Run) -> Iterator[Callable[[], Any]]:
 
 
 @contextmanager
-def _watched(outside: Path) -> Iterator[list[str]]:
+def watched(outside: Path) -> Iterator[list[str]]:
     """What happens besides: files opened outside of the run, seconds, bytes."""
     harm, opened = list[str](), list[str]()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import attacks, damage, failing, full_disk, interruptions, kills, power_loss, surroundings
+from . import attacks, damage, failing, full_disk, fuzz, interruptions, kills, power_loss, surroundings
 
 Trials = Callable[..., Iterator[list[str]]]
 SIZES = [200, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192]  # KiB
@@ -164,6 +164,8 @@ SCENARIOS = [
     Scenario("clocks that jump by up to a year", "P12", surroundings.jumping_clock, {"trials": 1}, {"trials": 20}),
     Scenario("secrets in the environment", "P14", surroundings.secrets, {}, {}),
     Scenario("documents made to do harm", "P13", attacks.hostile_documents, {}, {}),
+    Scenario("files made to do harm", "P13", attacks.hostile_files, {}, {}),
     Scenario("rows made to do harm", "P13", attacks.hostile_rows, {}, {}),
+    Scenario("fuzzed documents", "P13", fuzz.fuzzed, {"count": 60, "seed": 0}, {"count": 10_000, "seed": 1000}),
     Scenario("mutated documents", "P13", attacks.mutated_documents, {"count": 20, "seed": 0}, {"count": 2000, "seed": 1000}),
 ]

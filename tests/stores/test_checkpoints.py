@@ -90,9 +90,9 @@ def test_a_part_is_read_from_its_last_checkpoint(path):
     class Logged(LocalPlace):
         records = 0
 
-        def read(self, path: str) -> bytes:
+        def read(self, path: str, most: int | None = None) -> bytes:
             Logged.records += path.endswith(".json") and "/commits/" in path
-            return super().read(path)
+            return super().read(path, most)
 
     place = Logged(path)
     read_part(place, open_run(path).uid, "p000000")
