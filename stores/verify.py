@@ -93,7 +93,7 @@ def verify_place(place: Place, *, quick: bool = False) -> Verification:
 
 def _path_in(error: Exception, otherwise: str) -> str:
     """The object an error's message begins with."""
-    found = re.match(r"parts/[^\s:]+", str(error))
+    found = re.match(r"(parts|assets)/[^\s:]+", str(error))
     return found[0] if found else otherwise
 
 
@@ -178,6 +178,7 @@ class _Checks:
             path, array = _path_in(error, "assets"), column.arrays["values"]
             examples = reader.examples_of(array.path, 0, reader.array(array).rows)
             reason = str(error).removeprefix(f"{path}: ")
+            self.damaged = [damage for damage in self.damaged if damage.path != path or damage.numbers]  # examples say more
             self.damaged.append(Damage(path, reason, *_ids(reader, examples), numbers=_ends(examples)))
 
     def _groups(self, name: str, state: PartState) -> None:

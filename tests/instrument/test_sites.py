@@ -606,6 +606,7 @@ def test_site_table(recorded: Callable[..., Run]) -> None:
         "layout": "example token ...",
         "reduce": None,
         "target": None,
+        "tap": '["layers.1", "out", null, false, {}]',
     }
     assert run["example/layers.2:in|max"].site["reduce"] == "max"
 

@@ -88,6 +88,7 @@ def test_every_error_is_a_store_error_and_one_of_pythons_own():
         "DamagedError": OSError,
         "LostPartError": RuntimeError,
         "BrokenWriterError": RuntimeError,
+        "DiskShortError": OSError,
         "UnsafePlaceError": RuntimeError,
         "ForkedError": RuntimeError,
         "BudgetError": MemoryError,

@@ -493,7 +493,7 @@ def stopped_repair(path: Path, operation: int) -> bool:
     """A repair that is killed at an operation; whether there was such an operation."""
     FailingPlace.left = operation
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repair, "LocalPlace", FailingPlace)
+        patch.setattr(repair, "place_at", lambda path, **_: FailingPlace(Path(path)))
         try:
             repair_run(path)
         except KeyboardInterrupt:

@@ -139,7 +139,7 @@ class InterruptedPlace(LocalPlace):
 @contextmanager
 def interrupted(operation: int, happens: Callable[[], Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "LocalPlace", InterruptedPlace)
+        patch.setattr(writer, "place_at", lambda where, durability, **_: InterruptedPlace(Path(where), durability))
         patch.setattr(InterruptedPlace, "happens", staticmethod(happens))
         patch.setattr(InterruptedPlace, "left", operation)
         yield
@@ -262,7 +262,7 @@ def test_killed_between_the_closing_record_and_the_end(tmp_path):
             super().create(path, buffers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "LocalPlace", Killed)
+        patch.setattr(writer, "place_at", lambda where, durability, **_: Killed(Path(where), durability))
         mine = RunWriter(path, durability="rename")
         mine.append(ids=[0, 1], columns=both(0, 1))
         with pytest.raises(KeyboardInterrupt):

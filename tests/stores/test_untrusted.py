@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import put
+from strategies import put, writer_at
 
 from tensortape.app.show import printable
 from tensortape.stores import RunWriter, commits, open_run, strict_json
@@ -164,10 +164,10 @@ def test_examples_that_share_rows_are_refused(path):
             check_bounds("p", "token", *wrong)
 
 
-def test_control_characters_do_not_reach_the_terminal(path):
-    attributes = json.loads((path / "zarr.json").read_bytes())
-    attributes["attributes"]["tensortape"]["model"] = {"class": "\x1b]0;owned\x07", "parameters": "many", "dtype": 3}
-    put(path / "zarr.json", json.dumps(attributes).encode())
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
+    path, model = tmp_path / "run.zarr", {"class": "\x1b]0;owned\x07", "parameters": "many", "dtype": 3}
+    with writer_at(path, about={"model": model}) as writer:
+        writer.append(ids=["a"], columns={"example/y": [1.0]})
     found = subprocess.run(
         [sys.executable, "-m", "tensortape.app.cli", "info", str(path)], capture_output=True, text=True, check=True
     )
