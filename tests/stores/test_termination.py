@@ -16,6 +16,16 @@ from strategies import writer_at
 
 from tensortape.stores import open_run, termination
 
+
+@pytest.fixture(autouse=True)
+def nobody_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever writers of other tests have left: these tests begin with Python's own handling of SIGTERM, and no writer open."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(termination, "_open", 0)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 BEGIN = """
 import os, pathlib, signal, sys, threading, time
 import numpy as np
