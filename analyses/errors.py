@@ -1,7 +1,8 @@
 """Errors of analyses.
 
 AnalysisError
-└── LabelError (ValueError)     labels that no analysis can be made of
+├── LabelError (ValueError)     labels that no analysis can be made of
+└── ResultFileError (ValueError)  a file that holds no such result
 """
 
 
@@ -11,3 +12,7 @@ class AnalysisError(Exception):
 
 class LabelError(AnalysisError, ValueError):
     """Labels that no analysis can be made of: fewer than two classes, or too few groups to split."""
+
+
+class ResultFileError(AnalysisError, ValueError):
+    """A file that does not hold a result of the kind that was asked for."""

@@ -1,158 +1,179 @@
-"""Linear probes: how well a label can be read off each site by a linear classifier.
-
-P(y | h) = softmax(W h + b), fitted by scikit-learn's multinomial logistic regression on standardised features (Alain & Bengio 2016,
-arXiv 1610.01644). The split is by document, never by token: windows of one document leak into one another. Accuracy stands beside
-two baselines that look at no activation: the majority class, and the most frequent label of a token's type (`type_lookup`). A probe
-that does not beat the look-up has read the token, not its context; and failure of a linear probe is not absence of the information.
-"""
+"""Linear probes: how well labels can be read off each site by a linear classifier (Alain & Bengio 2016, arXiv 1610.01644)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Executor
+from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
-import pandas as pd
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
-from sklearn.model_selection import GroupShuffleSplit
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from tensortape.stores import Column, Run, Table, names
+from tensortape.stores import Column, Run
 from tensortape.stores.dtypes import Array
 from tensortape.stores.patterns import Alias
 
+from . import controls
 from .errors import LabelError
-from .results import ProbeReport, ProbeScore
-
-MISSING = -100
-DOCUMENT = "example/document"
+from .probe_report import LabelSet, ProbeReport, ProbeScore
+from .rows import Pool
+from .spaces import DOCUMENT, Labels, read_labels, space
+from .splits import split
+from .study import Kind, Manner, Study
+from .tasks import CELL, Probe
+from .trials import GROUP, Trial
 
 
 def fit_probes(
     run: Run,
     *,
-    labels: str,
+    labels: str | Sequence[str],
     sites: str | Sequence[str] = "resid_post",
+    fit: Kind = "exact",
+    control: bool = False,
+    mdl: bool = False,
+    baseline: Run | None = None,
+    level: str | None = None,
+    pool: Pool = "mean",
     groups: str | None = None,
     test_share: float = 0.25,
-    max_rows: int = 20_000,
+    folds: int | None = None,
+    strength: float = 1.0,
+    bootstrap: int = 1000,
     seed: int = 0,
+    executor: Executor | None = None,
+    keep: bool = True,
 ) -> ProbeReport:
-    """Fit one linear probe per site for one column of token labels.
+    """Fit one linear probe per site for each set of labels. All sets, controls and folds share each reading of a site.
 
     Args:
         run: an open run.
-        labels: a column of the token table, or of the table of a sample of tokens; -100 and empty text are missing.
+        labels: columns of labels, of the rows of the sites or of examples; -100 and empty text are missing.
         sites: which recorded sites; see `Run.select`.
+        fit: `exact` is logistic regression at its optimum: mean cross-entropy + strength |W|^2 / (2 n) of standardised features.
+            `lda` and `ridge` are closed forms that need a single reading.
+        control: also fit a control task, in which each token type has a random label (Hewitt & Liang 2019); its accuracy is what
+            memory of types alone gives.
+        mdl: also measure the bits of an online code of the training labels (Voita & Titov 2020), by logistic regression.
+        baseline: the same examples recorded from a model that was not trained; its accuracy is reported beside.
+        level: what a row is: `token`, `example` (tokens pooled), or a column that numbers words or spans within an example, of
+            which consecutive equal numbers are pooled and negative ones left out. By default what the labels are of.
+        pool: how tokens are joined: `first`, `last` or `mean`.
         groups: the example column whose values must not be split between training and test; by default `example/document` where
             there is one, else each example is its own group.
-        test_share: share of the groups that is held out.
-        max_rows: at most so many rows, a seeded sample, are used for fitting, and as many for testing; they are held in memory.
-        seed: of the split, the sample and the solver.
+        test_share: about this share of the rows is held out.
+        folds: instead, test on each of so many folds, trained on the others. `probe` is then the last fold's.
+        strength: of the penalty; 1 / C of scikit-learn.
+        bootstrap: draws for the interval of the accuracy.
+        seed: of the split, the control task and the draws.
+        executor: who reads and computes; see `sweep`.
+        keep: keep sums in the run, so that they are not computed twice.
 
     Raises:
-        LabelError: fewer than two classes, fewer than two groups, or sites that are recorded on other rows than the labels.
+        LabelError: fewer than two classes or groups, or sites that are recorded on other rows than the labels.
         UnknownColumnError: no such column or site.
     """
-    table = run.tables[names.split(run[labels].name)[0]]
-    columns = _on_rows_of(table, run.select(sites))
-    y, rows = _labelled(run[labels])
-    owner = _groups(run, groups)[_examples(table)[rows]]
-    train, test = _split(rows, owner, test_share, max_rows, seed)
-    of_row = dict(zip(rows.tolist(), y.tolist(), strict=True))
-    known, held_out = (np.array([of_row[row] for row in part]) for part in (train.tolist(), test.tolist()))
-    types = table.get("input_ids")
+    names = [labels] if isinstance(labels, str) else list(labels)
+    columns, label_columns = run.select(sites), [run[name] for name in names]
+    if mdl and (folds is not None or fit != "exact"):
+        raise LabelError("an online code is sent in order, by logistic regression: mdl=True needs fit='exact' and no folds")
+    rows = space(run, columns, label_columns, level, pool)
+    of_groups = rows.groups(groups)
+    parts = split(of_groups, rows.owner, test_share=test_share, folds=folds, blocks=mdl, seed=seed)
+    study = Study(rows, parts, {CELL: parts.of_row, GROUP: np.unique(of_groups, return_inverse=True)[1][rows.owner]})
+    sets = [
+        _Set(study, replace(read_labels(rows, column), name=name), control=control, mdl=mdl, seed=seed)
+        for name, column in zip(names, label_columns, strict=True)
+    ]
+    manner = Manner(fit, strength, executor, keep)
+    fitted = {column.name: study.fit(column, manner) for column in columns}
+    untrained = None if baseline is None else fit_probes(
+        baseline, labels=names, sites=sites, fit=fit, level=level, pool=pool, groups=groups, test_share=test_share, folds=folds,
+        strength=strength, bootstrap=0, seed=seed, executor=executor, keep=keep,
+    )  # fmt: skip
+    found = [one.score(run, column, fitted[column.name], bootstrap) for one in sets for column in columns]
     return ProbeReport(
-        labels=labels,
-        classes=tuple(sorted(set(map(str, known)))),
-        scores=tuple(_score(run, column, train, test, known, held_out, seed) for column in columns),
-        majority=float(np.mean(held_out == _most_common(known))),
-        type_lookup=None if types is None else _type_lookup(types.rows(train), known, types.rows(test), held_out),
-        train_rows=len(train),
-        test_rows=len(test),
+        sets=tuple(one.described() for one in sets),
+        scores=tuple(found if untrained is None else _beside(found, untrained)),
+        fit=fit,
+        groups=groups or (DOCUMENT if len(set(of_groups)) < len(run) else "example/id"),
+        level=level or ("example" if rows.merged is not None or rows.table == "example" else "token"),
         seed=seed,
     )
 
 
-def _labelled(column: Column) -> tuple[Array, Array]:
-    """(labels, token rows) where a label is not missing."""
-    values = column.rows()
-    rows = np.flatnonzero(values != ("" if values.dtype == object else MISSING))
-    if len(set(values[rows].tolist())) < 2:
-        raise LabelError(f"labels {column.name!r} have fewer than two classes; a probe needs at least two")
-    return values[rows], rows
+class _Set:
+    """One set of labels: its tasks in a study, and what their results say together."""
 
+    def __init__(self, study: Study, labels: Labels, *, control: bool, mdl: bool, seed: int) -> None:
+        self._study, self._labels, self._seed = study, labels, seed
+        self._real = study.add(labels.name, labels, labels.name)
+        self._types = study.space.types()
+        self._control = study.add(f"{labels.name} control", self._control_task(), labels.name) if control else None
+        self._code = study.add_code(labels.name, labels) if mdl else None
 
-def _on_rows_of(table: Table, columns: list[Column]) -> list[Column]:
-    """The columns; LabelError if one has its values on other rows."""
-    for column in columns:
-        other = names.split(column.name)[0]
-        if other != table.name:
-            raise LabelError(
-                f"{column.name!r} has values on the rows of {other!r}, the labels on those of {table.name!r}; give labels of "
-                f"{other!r}, or select other sites"
-            )
-    return columns
-
-
-def _examples(table: Table) -> Array:
-    """Example of every row."""
-    lengths = np.maximum(table.lengths, 0)
-    return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def _groups(run: Run, name: str | None) -> Array:
-    """A group number per example."""
-    if name is None and DOCUMENT.partition("/")[2] not in run.tables["example"]:
-        return np.arange(len(run))
-    return np.asarray(pd.factorize(run[name or DOCUMENT].rows())[0])
-
-
-def _split(rows: Array, owner: Array, test_share: float, most: int, seed: int) -> tuple[Array, Array]:
-    if len(np.unique(owner)) < 2:
-        raise LabelError(
-            "all labelled tokens belong to one group, so nothing can be held out; record more documents or give groups="
+    def score(self, run: Run, column: Column, fitted: Sequence[tuple[Probe, Trial]], bootstrap: int) -> ProbeScore:
+        """How one site does."""
+        tested = reduce(add, (one for _, one in fitted[self._real]))
+        low, high = tested.interval(bootstrap, self._seed)
+        alias = next((alias for alias in run.aliases(column) if alias.layer is not None), Alias("", ""))
+        bits, compression = (None, None) if self._code is None else self._online(fitted[self._code])
+        return ProbeScore(
+            labels=self._labels.name,
+            site=column.name.partition("/")[2],
+            stack=alias.stack,
+            layer=alias.layer,
+            accuracy=tested.accuracy,
+            low=low,
+            high=high,
+            macro_f1=tested.macro_f1,
+            f1=tested.f1,
+            cross_entropy=tested.nats / tested.rows / np.log(2),
+            probe=fitted[self._real][-1][0],
+            control=None if self._control is None else reduce(add, (one for _, one in fitted[self._control])).accuracy,
+            bits=bits,
+            compression=compression,
         )
-    train, test = next(GroupShuffleSplit(1, test_size=test_share, random_state=seed).split(rows, groups=owner))
-    random = np.random.default_rng(seed)
-    return _sample(rows[train], most, random), _sample(rows[test], most, random)
+
+    def described(self) -> LabelSet:
+        """The labels, and baselines that see no activation; of all folds together."""
+        of_row, tags = self._labels.of_row, self._study.tags
+        pairs = [(task.trained.rows(tags), task.tested.rows(tags)) for task in self._study.tasks[self._real]]
+        tested = np.array([test.sum() for _, test in pairs])
+        majority = [controls.majority(of_row[train], of_row[test]) for train, test in pairs]
+        lookup = [self._looked_up(train, test) for train, test in pairs] if self._types is not None else None
+        return LabelSet(
+            name=self._labels.name,
+            classes=self._labels.classes,
+            train_rows=int(pairs[-1][0].sum()),
+            test_rows=int(tested.sum()),
+            majority=float(np.average(majority, weights=tested)),
+            type_lookup=None if lookup is None else float(np.average(lookup, weights=tested)),
+        )
+
+    def _looked_up(self, train: Array, test: Array) -> float:
+        of_row, types = self._labels.of_row, self._types
+        assert types is not None
+        return controls.type_lookup(types[train], of_row[train], types[test], of_row[test])
+
+    def _control_task(self) -> Labels:
+        if self._types is None:
+            raise LabelError(
+                "a control task gives each token type a random label, but these rows have no types: they are of examples, or the "
+                "run has no input_ids; leave out control=True"
+            )
+        return replace(self._labels, of_row=controls.control_labels(self._labels, self._types, self._seed))
+
+    def _online(self, fitted: Sequence[tuple[Probe, Trial]]) -> tuple[float, float]:
+        """Bits of the code, and how many times shorter it is than a uniform one."""
+        first = int(self._study.tasks[self._code][0].trained.rows(self._study.tags).sum())  # type: ignore[index]
+        classes = len(self._labels.classes)
+        bits = controls.code_bits(first, classes, [tested.nats for _, tested in fitted])
+        rows = first + sum(tested.rows for _, tested in fitted)
+        return bits, float(rows * np.log2(classes) / bits)
 
 
-def _sample(rows: Array, most: int, random: np.random.Generator) -> Array:
-    return rows if len(rows) <= most else np.sort(random.choice(rows, most, replace=False))
-
-
-def _score(run: Run, column: Column, train: Array, test: Array, known: Array, held_out: Array, seed: int) -> ProbeScore:
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, random_state=seed))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        probe.fit(_features(column, train), known)
-    predicted = probe.predict(_features(column, test))
-    alias = next((alias for alias in run.aliases(column) if alias.layer is not None), Alias("", ""))
-    return ProbeScore(
-        site=column.name.partition("/")[2],
-        stack=alias.stack,
-        layer=alias.layer,
-        accuracy=float(np.mean(predicted == held_out)),
-        macro_f1=float(f1_score(held_out, predicted, average="macro", zero_division=0)),
-        converged=not any(issubclass(warning.category, ConvergenceWarning) for warning in caught),
-    )
-
-
-def _features(column: Column, rows: Array) -> Any:
-    return column.rows(rows).reshape(len(rows), -1).astype(np.float32)
-
-
-def _most_common(labels: Array) -> Any:
-    return pd.Series(labels).mode()[0]
-
-
-def _type_lookup(train: Array, known: Array, test: Array, held_out: Array) -> float:
-    """Accuracy of each token type's most frequent training label, the majority class for types never seen."""
-    frequent = pd.DataFrame({"type": train, "label": known}).groupby("type")["label"].agg(lambda found: found.mode()[0])
-    predicted = pd.Series(test).map(frequent).fillna(_most_common(known))
-    return float(np.mean(predicted.to_numpy() == held_out))
+def _beside(scores: Sequence[ProbeScore], untrained: ProbeReport) -> list[ProbeScore]:
+    accuracy = {(score.labels, score.site): score.accuracy for score in untrained.scores}
+    return [replace(score, random_init=accuracy.get((score.labels, score.site))) for score in scores]

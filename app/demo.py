@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tensortape.analyses import ProbeReport, fit_probes
-from tensortape.analyses.figures import probe_figure
+from tensortape.analyses.probe_report import LabelSet
 from tensortape.instrument import record
 from tensortape.stores import Run
 
@@ -30,7 +30,6 @@ _SKIPPED = {
 }
 SITES = ["embed", "resid_post"]
 WINDOW = 256
-ROWS = 12_000  # tokens per probe, to fit and to test
 LABELS = {"token/lexical": "lexical class", "token/role": "identifier role"}
 
 
@@ -45,15 +44,16 @@ def run_demo(to: Path, *, files: int, seed: int, say: Callable[[str], None]) -> 
     checked = run.verify()
     say(f"verified: {checked!r}")
     say("\n".join(show.head_lines(show.head(run, examples=1, tokens=10, sites=None, tokenizer=models.recorded_tokenizer(run)))))
-    reports = [fit_probes(run, labels=name, sites=SITES, seed=seed, max_rows=ROWS) for name in LABELS]
-    _write(reports, to)
-    for report in reports:
-        say("\n".join(_table(report)))
+    report = fit_probes(run, labels=list(LABELS), sites=SITES, control=True, seed=seed)
+    report.to_pandas().to_csv(to / "probes.csv", index=False)
+    report.plot().savefig(to / "probes.png", dpi=150)
+    for one in report.sets:
+        say("\n".join(_table(report, one)))
     say(f"run, probes.csv and probes.png are in {to} ({time.monotonic() - began:.0f} s)")
     return {
         "verified": checked.ok,
         "examples": len(run),
-        "probes": {report.labels: _json(report) for report in reports},
+        "probes": {one.name: _json(report, one) for one in report.sets},
     }
 
 
@@ -87,29 +87,25 @@ def _labels(spans: Callable[[str], Any]) -> Callable[[str, Any], list[str]]:
     return lambda text, offsets: label_tokens(spans(text), text, offsets)
 
 
-def _write(reports: list[ProbeReport], to: Path) -> None:
-    import pandas as pd
-
-    pd.concat([report.to_pandas().assign(labels=report.labels) for report in reports]).to_csv(to / "probes.csv", index=False)
-    probe_figure(reports).savefig(to / "probes.png", dpi=150)
-
-
-def _table(report: ProbeReport) -> list[str]:
-    counts = f"{report.train_rows} tokens to fit, {report.test_rows} of other files"
-    head = f"\n{LABELS[report.labels]}: {len(report.classes)} classes, {counts}"
-    lookup = f"{report.type_lookup:.3f}" if report.type_lookup is not None else "-"
-    lines = [f"  {score.site:<28} accuracy {score.accuracy:.3f}  macro F1 {score.macro_f1:.3f}" for score in report.scores]
+def _table(report: ProbeReport, one: LabelSet) -> list[str]:
+    head = f"\n{LABELS[one.name]}: {len(one.classes)} classes, {one.train_rows} tokens to fit, {one.test_rows} of other files"
+    lookup = f"{one.type_lookup:.3f}" if one.type_lookup is not None else "-"
+    lines = [
+        f"  {score.site:<28} accuracy {score.accuracy:.3f}  control {score.control:.3f}  macro F1 {score.macro_f1:.3f}"
+        for score in report.scores
+        if score.labels == one.name
+    ]
     return [
         head,
         *lines,
-        f"  {'majority class':<28} accuracy {report.majority:.3f}",
+        f"  {'majority class':<28} accuracy {one.majority:.3f}",
         f"  {'type look-up':<28} accuracy {lookup}",
     ]
 
 
-def _json(report: ProbeReport) -> dict[str, Any]:
+def _json(report: ProbeReport, one: LabelSet) -> dict[str, Any]:
     return {
-        "majority": report.majority,
-        "type_lookup": report.type_lookup,
-        "accuracy": {score.site: score.accuracy for score in report.scores},
+        "majority": one.majority,
+        "type_lookup": one.type_lookup,
+        "accuracy": {score.site: score.accuracy for score in report.scores if score.labels == one.name},
     }

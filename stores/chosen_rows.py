@@ -40,6 +40,19 @@ class ChosenRows:
         inside = np.clip(cuts - self._there[at] + self._here[at], self._here[at], self._ends[at])
         return np.unique(np.concatenate([[0], inside, [self.count]]))
 
+    def between(self, start: int, stop: int) -> Array:
+        """Rows [start, stop); no copy where they lie in one chunk."""
+        found = self.column.several(list(self._spans(start, stop)))
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else self.column.rows(slice(0))
+
+    def take(self, rows: Array) -> Array:
+        """Rows by number, in any order."""
+        at = np.searchsorted(self._here, rows, "right") - 1
+        found: Array = self.column.rows(rows - self._here[at] + self._there[at])
+        return found
+
     def read(self, blocks: Sequence[tuple[int, int]], out: Array) -> None:
         """The rows of blocks [first, last), one block after another, into `out` [rows, *feature]."""
         at = 0

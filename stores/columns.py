@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -108,6 +109,12 @@ class Column:
             for role in self._roles(part):
                 found.setdefault(role.name, []).append(f"parts/{part.state.name}/{role.path}")
         return found
+
+    @property
+    def identity(self) -> str:
+        """What tells these values from all others under the same name: the last records of the parts that hold them."""
+        last = "".join(f"{part.state.name} {part.state.last} " for part in self._holders)
+        return hashlib.sha256(last.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return self._count

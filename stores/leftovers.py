@@ -28,7 +28,7 @@ def remove_leftovers(path: str | os.PathLike[str], *, storage_options: Mapping[s
     parts = [read_part(place, uid, name) for name in claimed_parts(place)]
     found = [leftover for part in parts if part.ended for leftover in _of_part(place, part)]
     if all(part.ended for part in parts):
-        found += [f"{folder}{name}" for folder in ("", "parts/", "assets/") for name in place.unfinished(folder)]
+        found += [f"{folder}{name}" for folder in ("", "parts/", "assets/", "derived/") for name in place.unfinished(folder)]
     for leftover in found:
         place.remove(leftover)
     place.settle()

@@ -14,6 +14,7 @@ from . import commits, extension, names, projected, runs, selection
 from .attention import Attention, Chosen, Part, Recorded, Saliency, find
 from .batches import Batches
 from .columns import Column, Table
+from .derived import Derived
 from .digest import digest
 from .dtypes import Array
 from .errors import AttentionNotRecordedError, DamagedError, GradientError, UnknownColumnError
@@ -389,6 +390,11 @@ class Run:
     def assets(self) -> list[str]:
         """Names of the files kept beside the tables (of those that were cut, the name on disk)."""
         return [name if "~~" in name else names.from_disk(name) for name in self._place.names("assets")]
+
+    @property
+    def derived(self) -> Derived:
+        """Numbers computed from the run that are kept in it."""
+        return Derived(self._place)
 
     @property
     def nbytes(self) -> int:

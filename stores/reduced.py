@@ -90,6 +90,11 @@ class ReducedColumn(Column):
         return self._whole.present
 
     @property
+    def identity(self) -> str:
+        """That of what it is computed from; its name tells the two apart."""
+        return self._whole.identity
+
+    @property
     def paths(self) -> list[str]:
         """The Zarr arrays of the values it is computed from."""
         return self._whole.paths
