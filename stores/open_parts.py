@@ -83,6 +83,10 @@ class OpenParts:
         for part in self._open():
             part.commit(kind, assets=assets)
 
+    def forget(self) -> None:
+        """Let all parts go, with what they hold."""
+        self._parts = {}
+
     def _open(self) -> list[PartWriter]:
         """All of them, in one step: another thread may be opening one more."""
         return list(self._parts.values())

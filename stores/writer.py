@@ -306,9 +306,19 @@ class RunWriter:
         atexit.unregister(self.close)
         if self._background is not None:
             self._background.stop()
+        self._unwatch()
+
+    def _break(self, error: BaseException) -> None:
+        self._broken = error
+        self._parts.forget()
+        self._unwatch()
+        if self._background is None:
+            atexit.unregister(self.close)  # else closing still has to raise what the thread has failed with
+
+    def _unwatch(self) -> None:
         if self._watched:
-            termination.unwatch()
             self._watched = False
+            termination.unwatch()
 
     def _append(self, part: PartWriter, given: dict[str, Cells], written: Written, nonfinite: Mapping[str, int]) -> None:
         size = sum(column.nbytes for column in given.values())
@@ -386,7 +396,7 @@ class _Breaks:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self._writer._broken = error
+            self._writer._break(error)
 
 
 def _cells(

@@ -90,7 +90,16 @@ class Watch:
         if self._mode is not None:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
+            if self._seen_without_functions():
+                self._sees_functions = False  # later forwards are spared what the mode costs
         self._readings = Readings()
+
+    def _seen_without_functions(self) -> bool:
+        """Whether all that looks like attention was shown, or is inside of what was, by tiers that need no function mode."""
+        looks = (path for path, module in self._modules.items() if is_attention(path, module))
+        return set(self._tiers.values()) <= {"interface", "mha"} and all(
+            any(_inside(path, shown) or _inside(shown, path) for shown in self._tiers) for path in looks
+        )
 
     def _interface(self, module: nn.Module, call: dict[str, Any]) -> None:
         self._report(self._paths[id(module)], interface.attended(call, self._readings))
@@ -136,6 +145,11 @@ class Watch:
                     self.end()
 
         return after
+
+
+def _inside(path: str, other: str) -> bool:
+    """Whether a module is another, or one inside of it."""
+    return path == other or path.startswith(f"{other}.")
 
 
 def _has_own_code(module: nn.Module) -> bool:
