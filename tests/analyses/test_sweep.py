@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     path = tmp_path_factory.mktemp("sweep") / "run.zarr"
     random = np.random.default_rng(0)
     for part in range(2):
-        with RunWriter(path, mode="resume", durability="rename", memory_budget=1 << 21) as writer:
+        with RunWriter(path, mode="resume", durability="rename") as writer:
             writer.describe("token/layers.0:out", site=SITE) if part == 0 else None
             lengths = random.integers(150, 400, 30)
             states = [random.normal(size=(length, WIDTH)) for length in lengths]
