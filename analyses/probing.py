@@ -76,8 +76,11 @@ def fit_probes(
     """
     names = [labels] if isinstance(labels, str) else list(labels)
     columns, label_columns = run.select(sites), [run[name] for name in names]
+    if not 0 < test_share < 1 or (folds is not None and folds < 2):
+        raise ValueError(f"test_share={test_share} is a share between 0 and 1, and folds={folds} at least 2")
     if mdl and (folds is not None or fit != "exact"):
         raise LabelError("an online code is sent in order, by logistic regression: mdl=True needs fit='exact' and no folds")
+    manner = Manner(fit, strength, executor, keep)
     rows = space(run, columns, label_columns, level, pool)
     of_groups = rows.groups(groups)
     parts = split(of_groups, rows.owner, test_share=test_share, folds=folds, blocks=mdl, seed=seed)
@@ -86,7 +89,6 @@ def fit_probes(
         _Set(study, replace(read_labels(rows, column), name=name), control=control, mdl=mdl, seed=seed)
         for name, column in zip(names, label_columns, strict=True)
     ]
-    manner = Manner(fit, strength, executor, keep)
     fitted = {column.name: study.fit(column, manner) for column in columns}
     untrained = None if baseline is None else fit_probes(
         baseline, labels=names, sites=sites, fit=fit, level=level, pool=pool, groups=groups, test_share=test_share, folds=folds,

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -89,6 +90,8 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
     Raises:
         LabelError: sites and labels have no rows in common.
     """
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, not {pool!r}")
     level = level or ("example" if all(column.table == "example" for column in labels) else "token")
     table = _one_table(columns)
     for column in labels:

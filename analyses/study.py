@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
 from operator import add
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,12 @@ class Manner:
     strength: float = 1.0
     executor: Executor | None = None
     keep: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"fit is one of {', '.join(get_args(Kind))}, not {self.kind!r}")
+        if self.strength <= 0:
+            raise ValueError(f"the strength of the penalty is above 0, not {self.strength}")
 
 
 @dataclass

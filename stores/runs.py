@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import names, strict_json, zarr_documents
-from .commits import MOST_BYTES, Record, path_of
+from .commits import MOST_BYTES, Record, digest, path_of
 from .errors import DamagedError, FormatVersionError, LostPartError, NotARunError, RunExistsError, SchemaError
 from .part_state import PartState, attributes, claimed_parts, record_numbers
 from .places import LocalPlace, Place
@@ -129,11 +128,11 @@ def statements(place: Place) -> Iterator[Record]:
 def keep_asset(place: Place, name: str, content: bytes) -> str:
     """Keep a file beside the tables, unless one of that name is there; the SHA-256 of what is there then."""
     path = f"assets/{name}"
-    try:
-        place.create(path, [content])
-    except FileExistsError:
-        content = place.read(path)
-    return hashlib.sha256(content).hexdigest()
+    if not place.exists(path):
+        with suppress(FileExistsError):  # somebody else was quicker
+            place.create(path, [content])
+            return digest(content)
+    return digest(place.read(path))
 
 
 def _exists(place: Place) -> RunExistsError:

@@ -67,7 +67,8 @@ def together(folder: Path, trials: int, writers: int, seed: int) -> Iterator[lis
 
 
 def _one_of(path: Path, recipe: Recipe, share: slice, pipe: Connection) -> None:
-    with writing_to(path) as writer:
+    """One of several that belong together: writers of other sessions would close its part, taking it for gone."""
+    with writing_to(path, session="six") as writer:
         append(writer, recipe, pipe.send, share=share)
 
 
