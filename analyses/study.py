@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import chain
 from operator import add
@@ -73,7 +73,8 @@ class Study:
         if manner.kind == "exact":
             counts = [int(task.trained.rows(self.tags).sum()) for task in self.tasks]
             fits = [logistic.Fit(*one, manner.strength) for one in zip(self.tasks, counts, sums, strict=True)]
-            probes = logistic.fit(rows, fits, shift, manner.executor)
+            trained = np.logical_or.reduce([one.trained.rows(self.tags) for one in self.tasks])
+            probes = logistic.fit(replace(rows, wanted=trained), fits, manner.executor)
         else:
             probes = [_closed(manner, *one) for one in zip(sums, classes, strict=True)]
         tests = Trials(self.tasks, probes, shift, int(self.tags[GROUP].max()) + 1)

@@ -22,7 +22,11 @@ class Selection:
     def rows(self, tags: Mapping[str, Array]) -> Array:
         """Which rows of a block they are; bool."""
         labelled: Array = tags[self.labels] >= 0
-        return labelled if self.cells is None else labelled & np.isin(tags[CELL], self.cells)
+        if self.cells is None:
+            return labelled
+        among = np.zeros(max(int(tags[CELL].max(initial=0)), *self.cells) + 2, bool)  # cell -1 is its last entry
+        among[list(self.cells)] = True
+        return labelled & among[tags[CELL]]
 
 
 @dataclass(frozen=True)
