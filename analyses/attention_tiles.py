@@ -87,7 +87,7 @@ class TilesPiece:
 
 
 def _weighted(tile: Array) -> Array:
-    found: Array = (tile > 0).any(0)
+    found: Array = np.any(tile > 0, 0)
     return found
 
 

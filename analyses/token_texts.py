@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tensortape.stores import Run
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ SPANS = ("char.start", "char.end")
 class TokenTexts:
     """The tokens of a table as text. `texts[i]` is example i, one text per token; empty where nothing is known of them.
 
-    A token of no character, such as `[CLS]`, is shown as the tokenizer names it; ids without a tokenizer are shown as numbers.
+    Blanks before a token are its own, so that tokens joined give the text. A token of no character, such as `[CLS]`, is shown as
+    the tokenizer names it; ids without a tokenizer are shown as numbers.
     """
 
     def __init__(self, run: Run, table: str = "token") -> None:
@@ -29,8 +32,9 @@ class TokenTexts:
         if not self._has(example, *SPANS) or not self._has_text(example):
             return named
         text = str(self._run["example/text"][example])
-        spans = zip(*(self._columns[name][example].tolist() for name in SPANS), strict=True)
-        cut = [text[first:last] for first, last in spans]
+        starts, ends = (self._columns[name][example] for name in SPANS)
+        behind = np.maximum.accumulate(np.append(0, ends)).tolist()  # special tokens end at 0
+        cut = [text[first:last] if last > start else "" for first, start, last in zip(behind, starts, ends, strict=False)]
         return [one or name for one, name in zip(cut, named or cut, strict=True)]
 
     def _named(self, example: int) -> list[str]:

@@ -11,11 +11,10 @@ import numpy as np
 from tensortape.stores.dtypes import Array
 
 from ..head_report import STATISTICS, HeadStats
-from .canvas import SEQUENTIAL, new_figure
-from .texts import shown
+from .canvas import ORANGE, SEQUENTIAL, new_figure
+from .texts import tick
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLES = {
@@ -27,50 +26,49 @@ TITLES = {
     "itself": "mass on the token itself",
     "induction": "induction: mass after an\nearlier occurrence of the token",
 }
-_TO_ONE = ("normalised_entropy", "sink", "previous", "itself", "induction")
 _MOST_LABELS = 40
 
 
 def heads_figure(stats: HeadStats) -> Figure:
-    """One heat map per statistic; grey where a statistic is not defined."""
+    """One heat map per statistic, each on its own scale, on which a line marks uniform attention; grey where it is not defined."""
     labels = [site.label for site in stats.sites]
     known = [name for name in STATISTICS if not np.isnan(stats[name]).all()] or ["entropy"]
     rows, columns = _grid(len(known))
-    height = min(1.3 + 0.28 * len(labels), 9)
-    figure = new_figure(3.4 * columns, height * rows)
-    axes: Any = figure.subplots(rows, columns, squeeze=False)
+    figure = new_figure(3.4 * columns, min(1.3 + 0.28 * len(labels), 9) * rows + 0.3)
+    axes = _panels(figure, rows, columns, len(known))
     for panel, name in zip(axes.flat, known, strict=False):
-        limits = (0, 1) if name in _TO_ONE else (0, None)
-        _heat(figure, panel, stats[name], TITLES[name], limits)
+        image = panel.imshow(stats[name], cmap=_colours(), vmin=0, aspect="auto", interpolation="nearest")
+        panel.set_title(TITLES[name], fontsize="medium")
+        _mark(figure.colorbar(image, ax=panel), stats, name)
         _ticks(panel.yaxis, labels)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set(xlabel="head", ylabel="layer")
-    for panel in axes.flat[len(known) :]:
-        panel.axis("off")
+    figure.suptitle("attention heads; the mark on a scale is attention to all visible tokens alike", fontsize="medium")
     return figure
 
 
 def matrices_figure(
     matrices: Array, titles: Sequence[str], tokens: tuple[Sequence[str], Sequence[str]], title: str, unit: str
 ) -> Figure:
-    """One heat map per matrix [n, query, key], on one scale, with the tokens along both axes where there are not too many."""
+    """One heat map per matrix [n, query, key], all on one scale, which spreads small values; with the tokens along both axes where
+    they can be read."""
+    from matplotlib.colors import PowerNorm
+
     rows, columns = _grid(len(matrices))
-    sizes = [1.2 + 0.17 * min(max(count, 9), _MOST_LABELS) for count in matrices.shape[1:]]
-    figure = new_figure(max(columns * sizes[1], 4), rows * sizes[0] + 0.8)
-    axes: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    largest = np.nanmax(matrices) if np.isfinite(matrices).any() else 1
-    for panel, matrix, name in zip(axes.flat, matrices, titles, strict=False):
-        image = panel.imshow(matrix, cmap=_colours(), vmin=0, vmax=largest, interpolation="nearest")
+    height, width = (1.2 + 0.17 * max(count, 9) if count <= _MOST_LABELS else 3.4 for count in matrices.shape[1:])
+    figure = new_figure(max(columns * width, 3) + 1.2, rows * height + 0.8)
+    axes = _panels(figure, rows, columns, len(matrices), sharex=True, sharey=True)
+    scale = PowerNorm(0.5, 0, float(np.nanmax(matrices, initial=0)) or 1)
+    for number, (panel, matrix, name) in enumerate(zip(axes.flat, matrices, titles, strict=False)):
+        image = panel.imshow(matrix, cmap=_colours(), norm=scale, interpolation="nearest")
         panel.set_title(name, fontsize="small", parse_math=False)
-    for panel in axes.flat[len(matrices) :]:
-        panel.axis("off")
-    for panel in axes[-1]:
-        _ticks(panel.xaxis, tokens[1], rotation=90)
-    for panel in axes[:, 0]:
-        _ticks(panel.yaxis, tokens[0])
+        _ticks(panel.xaxis, [tick(token) for token in tokens[1]], rotation=90)
+        _ticks(panel.yaxis, [tick(token) for token in tokens[0]])
+        panel.xaxis.set_tick_params(labelbottom=number + columns >= len(matrices))  # nothing is below
     figure.supxlabel("key", fontsize="medium")
     figure.supylabel("query", fontsize="medium")
     figure.suptitle(title, fontsize="medium", parse_math=False)
-    figure.colorbar(image, ax=axes, label=unit, shrink=0.6)
+    figure.colorbar(image, ax=axes, label=unit, shrink=0.7)
     return figure
 
 
@@ -80,10 +78,19 @@ def _grid(count: int) -> tuple[int, int]:
     return math.ceil(count / columns), columns
 
 
-def _heat(figure: Figure, axes: Axes, values: Array, title: str, limits: tuple[float, float | None]) -> None:
-    image = axes.imshow(values, cmap=_colours(), vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
-    axes.set_title(title, fontsize="medium")
-    figure.colorbar(image, ax=axes)
+def _panels(figure: Figure, rows: int, columns: int, count: int, **how: Any) -> Any:
+    """Axes [rows, columns], of which as many as asked for are shown."""
+    axes: Any = figure.subplots(rows, columns, squeeze=False, **how)
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    return axes
+
+
+def _mark(bar: Any, stats: HeadStats, statistic: str) -> None:
+    """What the statistic is of uniform attention, on its scale."""
+    at = STATISTICS.index(statistic)
+    for value in {float(site.uniform[at]) for site in stats.sites}:
+        bar.ax.axhline(value, color=ORANGE, linewidth=2)
 
 
 def _colours() -> Any:
@@ -95,4 +102,4 @@ def _colours() -> Any:
 def _ticks(axis: Any, labels: Sequence[str], **how: Any) -> None:
     """Every label, as long as they can be read; else the numbers that matplotlib chooses."""
     if 0 < len(labels) <= _MOST_LABELS:
-        axis.set_ticks(range(len(labels)), [shown(label) for label in labels], fontsize="x-small", parse_math=False, **how)
+        axis.set_ticks(range(len(labels)), labels, fontsize="x-small", parse_math=False, **how)

@@ -36,33 +36,34 @@ def _text(tokens: Sequence[str], values: Array, title: str, *, signed: bool) -> 
 
     largest = float(np.nanmax(np.abs(values))) or 1.0
     scale = ScalarMappable(Normalize(-largest if signed else 0, largest), DIVERGING if signed else SEQUENTIAL)
-    placed = [one for one in _placed(tokens) if one[1] < _MOST_LINES]
-    lines = 1 + max(line for _, line, _ in placed)
+    placed = [one for one in _placed(tokens) if one[2] < _MOST_LINES]
+    lines, left_out = 1 + placed[-1][2], len(tokens) - 1 - placed[-1][0]
     figure = new_figure(_COLUMNS * _ASPECT * _POINTS / 72 + 0.4, lines * 1.7 * _POINTS / 72 + 1.2)
     axes = figure.subplots()
-    for (column, line, text), value in zip(placed, values.tolist(), strict=False):
-        colour = scale.to_rgba(value)
+    for number, column, line, text in placed:
+        colour = scale.to_rgba(values[number])
         axes.add_patch(Rectangle((column, line), width(text), 0.9, color=colour, linewidth=0))
         axes.text(column, line + 0.45, text, color=_ink(colour), family="monospace", size=_POINTS, va="center", parse_math=False)
     axes.set(xlim=(0, _COLUMNS), ylim=(lines, 0))
     axes.axis("off")
-    left_out = f"; the first {len(placed)} of {len(tokens)} tokens" if len(placed) < len(tokens) else ""
-    axes.set_title(title + left_out, fontsize="medium", loc="left", parse_math=False)
+    more = f"; {left_out} tokens are left out" if left_out else ""
+    axes.set_title(title + more, fontsize="medium", loc="left", parse_math=False)
     figure.colorbar(scale, ax=axes, orientation="horizontal", label="score", shrink=0.5, aspect=40)
     return figure
 
 
-def _placed(tokens: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """Column, line and text of each token; lines break after line breaks and where they are full."""
+def _placed(tokens: Sequence[str]) -> Iterator[tuple[int, int, int, str]]:
+    """Number, column, line and text of each token, or of what of it stands on one line; lines break where they are full, too."""
     column = line = 0
-    for token in tokens:
-        text = shown(token)
-        if column and column + width(text) > _COLUMNS:
-            column, line = 0, line + 1
-        yield column, line, text
-        column += width(text)
-        if "\n" in token:
-            column, line = 0, line + 1
+    for number, token in enumerate(tokens):
+        for part in token.splitlines(keepends=True):
+            text = shown(part)
+            if column and column + width(text) > _COLUMNS:
+                column, line = 0, line + 1
+            yield number, column, line, text
+            column += width(text)
+            if part.endswith("\n"):
+                column, line = 0, line + 1
 
 
 def _ink(ground: Any) -> str:

@@ -8,9 +8,13 @@ _SIGNS = {"\n": "↵", "\t": "→"}
 
 
 def shown(token: str) -> str:
-    """A token with signs for line breaks and tabs, escapes for other control characters, and marks in place of blanks alone."""
-    text = "".join(_SIGNS.get(char) or (char if unicodedata.category(char)[0] != "C" else ascii(char)[1:-1]) for char in token)
-    return text if text.strip() else "␣" * len(text)
+    """A token with signs for line breaks and tabs, and escapes for other control characters."""
+    return "".join(_SIGNS.get(char) or (char if unicodedata.category(char)[0] != "C" else ascii(char)[1:-1]) for char in token)
+
+
+def tick(token: str) -> str:
+    """A token beside an axis: without the blanks around it, unless it is nothing else."""
+    return shown(token.strip(" ") or "␣" * len(token))
 
 
 def width(text: str) -> int:
