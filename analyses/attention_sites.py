@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tensortape.stores import Run
+from tensortape.stores import Column, Run
 from tensortape.stores.attention import Attention, find
 from tensortape.stores.errors import AttentionNotRecordedError
 from tensortape.stores.patterns import Alias, Pattern, SiteName
@@ -34,15 +34,13 @@ def attention_sites(run: Run, sites: Sites = None) -> list[Attention]:
 
 def alias_of(attention: Attention) -> Alias:
     """What a site is in every architecture; an alias without a name where that is not known."""
-    column = attention.recorded.columns.get("q") or attention.recorded.columns["weights"]
-    said = (column.site or {}).get("aliases") or [("", "")]
+    said = (_main(attention).site or {}).get("aliases") or [("", "")]
     return Alias(*said[0])
 
 
 def heads_of(attention: Attention) -> int:
     """How many heads a site has."""
-    columns = attention.recorded.columns
-    return (columns.get("q") or columns["weights"]).shape[1]
+    return _main(attention).shape[1]
 
 
 def size_of(attention: Attention, example: int) -> tuple[int, int]:
@@ -52,6 +50,11 @@ def size_of(attention: Attention, example: int) -> tuple[int, int]:
         return len(columns["q"][example]), len(attention.recorded.need("k")[example])
     queries, keys = (int(count) for count in columns["weights|size"][example])
     return queries, keys
+
+
+def _main(attention: Attention) -> Column:
+    columns = attention.recorded.columns
+    return columns["q"] if "q" in columns else columns["weights"]
 
 
 def _named(run: Run, site: str | int) -> Iterator[str]:
