@@ -94,6 +94,6 @@ class HeadStats(Result):
     def _row(self, site: SiteHeads, head: int) -> dict[str, object]:
         where = {"site": site.site, "stack": site.stack, "kind": site.kind, "layer": site.layer, "head": head}
         found = dict(zip(STATISTICS, site.heads[head].tolist(), strict=True))
-        uniform = {f"uniform_{name}": value for name, value in zip(STATISTICS[2:], site.uniform[2:].tolist(), strict=True)}
+        uniform = {f"uniform_{name}": value for name, value in zip(STATISTICS, site.uniform.tolist(), strict=True)}
         counts = {"queries": int(site.queries[0]), "induction_queries": int(site.queries[-1])}
         return {**where, **found, **uniform, "examples": site.examples, **counts}

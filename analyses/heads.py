@@ -10,11 +10,12 @@ import numpy as np
 from tensortape.stores import Column, Run
 from tensortape.stores.attention import Attention
 from tensortape.stores.dtypes import Array
+from tensortape.stores.errors import MissingExampleError
 
-from .attention_sites import Sites, alias_of, attention_sites
+from .attention_sites import Sites, alias_of, attention_sites, heads_of
 from .attention_tiles import Tiles
 from .examples import Examples, chosen
-from .head_report import HeadStats, SiteHeads
+from .head_report import STATISTICS, HeadStats, SiteHeads
 from .sweep import Accumulator, Block, Job, sweep
 
 _TINY = np.finfo(np.float32).tiny
@@ -47,12 +48,12 @@ def head_stats(
         executor: who reads and computes; see `sweep`. The numbers are the same whoever does.
 
     Raises:
-        AttentionNotRecordedError: no such attention.
+        AttentionNotRecordedError: no such attention. MissingExampleError: none of these examples.
     """
     here = chosen(run, examples, seed)
     found = attention_sites(run, sites)
     sources = [Tiles(attention, here, _ids(run, attention)) for attention in found]
-    jobs = [Job(source, (HeadSums(cross=_is_cross(source.attention)),)) for source in sources]
+    jobs = [Job(source, (_sums(source),)) for source in sources]
     made = sweep(jobs, executor, title="reading attention")
     return HeadStats(tuple(_site(source, *sums) for source, [sums] in zip(sources, made, strict=True)))
 
@@ -63,6 +64,7 @@ class HeadSums(Accumulator):
     The last head is none of the model's: it attends to all that it sees alike.
 
     Args:
+        heads: how many there are.
         cross: whether queries and keys are places in different sequences.
     """
 
@@ -70,8 +72,8 @@ class HeadSums(Accumulator):
     totals: Array
     queries: Array
 
-    def __init__(self, *, cross: bool) -> None:
-        self.cross = cross
+    def __init__(self, heads: int, *, cross: bool) -> None:
+        self.heads, self.cross = heads, cross
 
     def update(self, block: Block) -> None:
         """Take the queries of a tile into account."""
@@ -88,8 +90,10 @@ class HeadSums(Accumulator):
 
     def finalize(self) -> tuple[Array, Array]:
         """Means [statistic, head + 1], NaN of no queries, and queries [statistic]."""
+        totals = np.broadcast_to(self.totals, (len(STATISTICS), self.heads + 1))  # a plain 0 if there was no tile
+        queries = np.broadcast_to(self.queries, len(STATISTICS)).astype(np.int64)
         with np.errstate(invalid="ignore"):
-            return self.totals / self.queries[:, None], self.queries
+            return totals / queries[:, None], queries
 
 
 def kept(rows: Array, here: Array) -> Array:
@@ -114,6 +118,12 @@ def _totals(weights: Array, count: Array, distance: Array | None, looks: Sequenc
     )
     masses = [weights[rows, :, keys].sum(0, dtype=np.float64) for rows, keys in map(np.nonzero, looks)]
     return np.stack([entropy.sum(0), (entropy / np.log(count)[:, None]).sum(0), far, *masses])
+
+
+def _sums(source: Tiles) -> HeadSums:
+    if not len(source.numbers):
+        raise MissingExampleError(f"no example, of those asked for, has attention at {source.attention.site}")
+    return HeadSums(heads_of(source.attention), cross=_is_cross(source.attention))
 
 
 def _is_cross(attention: Attention) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from tensortape.stores import Column, Run
 from tensortape.stores.dtypes import Array
+from tensortape.stores.errors import MissingExampleError
 
 from .errors import AnalysisError
 from .examples import Examples, chosen
@@ -52,6 +53,7 @@ def token_saliency(
 
     Raises:
         UnknownColumnError: no such gradient. GradientError: its reduction is undeclared. AnalysisError: it is not of tokens.
+        MissingExampleError: none of these examples has it.
     """
     if reduce not in _SIZES:
         raise ValueError(f"reduce is one of {', '.join(_SIZES)}, not {reduce!r}")
@@ -73,7 +75,8 @@ def gradient_x_input(
     """sum_d a * dy/da of each token (Shrikumar et al. 2016, arXiv 1605.01713): to first order, what the target owes to the token.
 
     a is the activation at the site, which has to be recorded beside the gradient. The sign is that of the contribution, the unit
-    that of the target. It is exact for a target that is linear in a and zero at a = 0, and not elsewhere.
+    that of the target. It is exact for a target that is linear in a and zero at a = 0, and not elsewhere: what goes through a norm
+    right away, as the last residual stream does, has no effect by its size, so there all scores are 0 but for rounding.
 
     Args:
         run: an open run, recorded with both `<site>` and `<site>:out.grad`.
@@ -81,7 +84,7 @@ def gradient_x_input(
 
     Raises:
         UnknownColumnError: no such gradient, or no activations with it. GradientError: its reduction is undeclared.
-        AnalysisError: it is not of tokens.
+        AnalysisError: it is not of tokens. MissingExampleError: none of these examples has both.
     """
     gradient = gradient_at(run, site, target, assume=assume)
     columns = (gradient, activation_of(run, gradient))
@@ -151,6 +154,8 @@ def _scores(
             f"{gradient.name!r} has one gradient per example; scores of tokens need it recorded without a reduction"
         )
     here = np.logical_and.reduce([examples, *(column.present for column in columns)])
+    if not gradient.lengths[here].sum():
+        raise MissingExampleError(f"no example, of those asked for, has tokens in {', '.join(column.name for column in columns)}")
     [[scores]] = sweep([Job(Rows(tuple(columns), here), (reduced,))], executor, title="scoring")
     numbers, lengths, ids = np.flatnonzero(here), gradient.lengths[here], run.ids
     value = gradient.name.partition("/")[2].partition(".grad")[0]

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.tokenizer.json"
 SPANS = ("char.start", "char.end")
+PIECE = "\ufffd"
 
 
 class TokenTexts:
     """The tokens of a table as text. `texts[i]` is example i, one text per token; empty where nothing is known of them.
 
-    Blanks before a token are its own, so that tokens joined give the text. A token of no character, such as `[CLS]`, is shown as
-    the tokenizer names it; ids without a tokenizer are shown as numbers.
+    Blanks before a token are its own, so that tokens joined give the text; a further piece of one character is shown as `\ufffd`. A
+    token of no character, such as `[CLS]`, is shown as the tokenizer names it; ids without a tokenizer are shown as numbers.
     """
 
     def __init__(self, run: Run, table: str = "token") -> None:
@@ -34,7 +35,8 @@ class TokenTexts:
         text = str(self._run["example/text"][example])
         starts, ends = (self._columns[name][example] for name in SPANS)
         behind = np.maximum.accumulate(np.append(0, ends)).tolist()  # special tokens end at 0
-        cut = [text[first:last] if last > start else "" for first, start, last in zip(behind, starts, ends, strict=False)]
+        spans = zip(behind, starts.tolist(), ends.tolist(), strict=False)
+        cut = [text[first:last] or PIECE if last > start else "" for first, start, last in spans]
         return [one or name for one, name in zip(cut, named or cut, strict=True)]
 
     def _named(self, example: int) -> list[str]:

@@ -232,6 +232,28 @@ def demo(
         typer.echo(json.dumps(found, indent=2))
 
 
+@app.command()
+def heads(
+    run: RunPath,
+    sites: Annotated[list[str] | None, typer.Option(help="Layers, names or patterns of attention sites; all by default.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Only so many examples, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw heat maps, layer by head, into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what each attention head looks at: entropy, distance, and mass on first, previous, own and once-followed tokens."""
+    from tensortape.stores import open_run
+
+    from . import heads_command
+
+    _print(
+        heads_command.found(open_run(run), sites, examples=examples, seed=seed, csv=csv, plot=plot),
+        heads_command.lines,
+        as_json=as_json,
+    )
+
+
 def main() -> None:
     """Entry point: one clear line and exit code 2 for bad input."""
     from tensortape.analyses.errors import AnalysisError

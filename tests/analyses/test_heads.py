@@ -386,6 +386,15 @@ def test_some_examples(tmp_path: Path) -> None:
     assert head_stats(run, examples=99) == head_stats(run)
     with pytest.raises(IndexError):
         head_stats(run, examples=[6])
+    with pytest.raises(MissingExampleError, match="no example"):
+        head_stats(run, examples=[])
+
+
+def test_examples_without_tokens_alone(tmp_path: Path) -> None:
+    stats = head_stats(random_run(tmp_path / "r.zarr", [0, 3]), examples=[0])
+    assert np.isnan(stats.sites[0].heads).all()
+    assert stats.sites[0].queries.tolist() == [0] * len(STATISTICS)
+    assert stats.plot().axes
 
 
 # --- results ---------------------------------------------------------------------------------------------------------------------
