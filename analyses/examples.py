@@ -12,7 +12,7 @@ from tensortape.stores.dtypes import Array
 Examples = int | Sequence[int] | Array | None
 
 
-def chosen(run: Run, examples: Examples, seed: int = 0) -> Array:
+def example_mask(run: Run, examples: Examples, seed: int = 0) -> Array:
     """A mask over the examples of a run; bool.
 
     Args:

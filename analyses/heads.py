@@ -14,7 +14,8 @@ from tensortape.stores.errors import MissingExampleError
 
 from .attention_sites import Sites, alias_of, attention_sites, heads_of
 from .attention_tiles import Tiles
-from .examples import Examples, chosen
+from .examples import Examples, example_mask
+from .gram import chosen
 from .head_report import STATISTICS, HeadStats, SiteHeads
 from .sweep import Accumulator, Block, Job, sweep
 
@@ -50,7 +51,7 @@ def head_stats(
     Raises:
         AttentionNotRecordedError: no such attention. MissingExampleError: none of these examples.
     """
-    here = chosen(run, examples, seed)
+    here = example_mask(run, examples, seed)
     found = attention_sites(run, sites)
     sources = [Tiles(attention, here, _ids(run, attention)) for attention in found]
     jobs = [Job(source, (_sums(source),)) for source in sources]
@@ -77,16 +78,15 @@ class HeadSums(Accumulator):
 
     def update(self, block: Block) -> None:
         """Take the queries of a tile into account."""
-        visible, follows = block.tags["visible"], block.tags["follows"]
-        here = visible.sum(1) > 1
-        queries, weights, visible, follows = (kept(one, here) for one in (block.rows, block.values[0], visible, follows))
-        count, distance = visible.sum(1), None if self.cross else np.abs(queries[:, None] - np.arange(visible.shape[1]))
-        looks = [mask & visible for mask in (*_places(queries, visible.shape[1], cross=self.cross), follows)]
+        here = block.tags["visible"].sum(1) > 1
+        weights, visible, follows = (chosen(one, here) for one in (block.values[0], block.tags["visible"], block.tags["follows"]))
+        count, apart = visible.sum(1), block.rows[here, None] - np.arange(visible.shape[1])
+        looks = [np.nonzero(mask & visible) for mask in (*self._places(apart), follows)]
+        distance = np.abs(apart) * (not self.cross)
         uniform = (visible / np.maximum(count, 1)[:, None])[:, None]
         self.add("totals", np.concatenate([_totals(one, count, distance, looks) for one in (weights, uniform)], 1))
-        self.add(
-            "queries", np.array([len(count), len(count), 0 if self.cross else len(count), *(one.any(1).sum() for one in looks)])
-        )
+        told = [len(np.unique(queries)) for queries, _ in looks]
+        self.add("queries", np.array([len(count), len(count), len(count) * (not self.cross), *told]))
 
     def finalize(self) -> tuple[Array, Array]:
         """Means [statistic, head + 1], NaN of no queries, and queries [statistic]."""
@@ -95,29 +95,30 @@ class HeadSums(Accumulator):
         with np.errstate(invalid="ignore"):
             return totals / queries[:, None], queries
 
+    def _places(self, apart: Array) -> tuple[Array, Array, Array]:
+        """[query, key], where the first token is looked at from behind it, the token before the query, and the query itself.
 
-def kept(rows: Array, here: Array) -> Array:
-    """The rows that are wanted, without a copy if all are."""
-    return rows if here.all() else rows[here]
-
-
-def _places(queries: Array, keys: int, *, cross: bool) -> tuple[Array, Array, Array]:
-    """[query, key], where the first token is looked at from behind it, the token before the query, and the query itself."""
-    key, query = np.arange(keys), queries[:, None]
-    if cross:
-        nowhere = np.zeros((len(queries), keys), bool)
-        return np.broadcast_to(key == 0, nowhere.shape), nowhere, nowhere
-    return (key == 0) & (query > 0), key == query - 1, key == query
+        Args:
+            apart: how far a query is behind a key [query, key].
+        """
+        first = np.zeros(apart.shape, bool)
+        first[:, :1] = True
+        nowhere = np.zeros(apart.shape, bool)
+        return (first, nowhere, nowhere) if self.cross else (first & (apart > 0), apart == 1, apart == 0)
 
 
-def _totals(weights: Array, count: Array, distance: Array | None, looks: Sequence[Array]) -> Array:
-    """[statistic, head] of weights [query, head, key], summed over queries; float64."""
+def _totals(weights: Array, count: Array, distance: Array, looks: Sequence[tuple[Array, ...]]) -> Array:
+    """[statistic, head] of weights [query, head, key], summed over queries; float64.
+
+    Args:
+        count: keys that each query sees [query].
+        distance: between them [query, key].
+        looks: the entries (queries, keys) that the statistics of shares are the sums of.
+    """
     entropy = -(weights * np.log(np.maximum(weights, _TINY))).sum(2, dtype=np.float64)
-    far = (
-        np.zeros(weights.shape[1]) if distance is None else (weights * distance.astype(np.float32)[:, None]).sum((0, 2), np.float64)
-    )
-    masses = [weights[rows, :, keys].sum(0, dtype=np.float64) for rows, keys in map(np.nonzero, looks)]
-    return np.stack([entropy.sum(0), (entropy / np.log(count)[:, None]).sum(0), far, *masses])
+    far = (weights * distance.astype(np.float32)[:, None]).sum((0, 2), np.float64)
+    shares = [weights[queries, :, keys].sum(0, dtype=np.float64) for queries, keys in looks]
+    return np.stack([entropy.sum(0), (entropy / np.log(count)[:, None]).sum(0), far, *shares])
 
 
 def _sums(source: Tiles) -> HeadSums:

@@ -14,7 +14,7 @@ from tensortape.stores.dtypes import Array
 from tensortape.stores.errors import MissingExampleError
 
 from .errors import AnalysisError
-from .examples import Examples, chosen
+from .examples import Examples, example_mask
 from .gradients import Assume, activation_of, gradient_at
 from .rows import Rows
 from .sweep import Accumulator, Block, Job, sweep
@@ -58,7 +58,7 @@ def token_saliency(
     if reduce not in _SIZES:
         raise ValueError(f"reduce is one of {', '.join(_SIZES)}, not {reduce!r}")
     gradient = gradient_at(run, site, target, assume=assume)
-    here = chosen(run, examples, seed)
+    here = example_mask(run, examples, seed)
     return _scores(run, "gradient", (gradient,), _Reduced(_SIZES[reduce]), reduce, here, executor)
 
 
@@ -88,7 +88,7 @@ def gradient_x_input(
     """
     gradient = gradient_at(run, site, target, assume=assume)
     columns = (gradient, activation_of(run, gradient))
-    return _scores(run, "gradient x input", columns, _Reduced(_product), "sum", chosen(run, examples, seed), executor)
+    return _scores(run, "gradient x input", columns, _Reduced(_product), "sum", example_mask(run, examples, seed), executor)
 
 
 class _Reduced(Accumulator):

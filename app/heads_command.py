@@ -38,7 +38,7 @@ def lines(rows: list[Json]) -> Iterable[str]:
         for row in heads:
             yield f"{site:<{width}}  {row['head']:>7}" + "".join(_number(row[name]) for name in STATISTICS)
         yield f"{site:<{width}}  uniform" + "".join(_number(row[f"uniform_{name}"]) for name in STATISTICS)
-    yield "entropy in nats, distance in tokens, the others shares of attention; uniform: a head that attends alike to all that it sees"
+    yield "entropy in nats, distance in tokens, the rest shares of attention; uniform: a head that attends alike to all it sees"
 
 
 def _site(text: str) -> str | int:
