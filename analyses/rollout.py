@@ -31,7 +31,7 @@ def rollout(run: Run, example: int, *, sites: Sites = None, every: bool = False)
     Args:
         run: an open run with attention.
         example: its number.
-        sites: the layers of one stack, in order; all self-attention if not given.
+        sites: the self-attention of one stack, in order of its layers; all sites if not given.
         every: keep the product after each layer, not only after the last: [layer, query, key] of the example's tokens, in float32.
 
     Raises:
