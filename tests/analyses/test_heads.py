@@ -457,7 +457,8 @@ def test_rollout_is_the_plain_product(name: str, tmp_path: Path) -> None:
 
 def test_rollout_of_one_stack(bart_run: Run) -> None:
     assert rollout(bart_run, 0, sites="encoder.attention").layers == 3
-    assert rollout(bart_run, 0, sites="decoder.attention").tokens == tuple(map(str, bart_run["token.decoder/input_ids"][0].tolist()))
+    ids = bart_run["token.decoder/input_ids"][0].tolist()
+    assert rollout(bart_run, 0, sites="decoder.attention").tokens == tuple(map(str, ids))
     for sites in (None, "decoder.cross_attention"):
         with pytest.raises(AnalysisError, match=r"encoder\.attention"):
             rollout(bart_run, 0, sites=sites)
