@@ -133,7 +133,8 @@ def sweep(
 def work(piece: Piece, accumulators: Sequence[Accumulator], parent: int) -> list[Accumulator]:
     """One task: empty accumulators, updated with the blocks of a piece."""
     if os.getpid() != parent:
-        threadpool_limits(1)  # for good: the process is a worker
+        os.environ["OMP_NUM_THREADS"] = "1"  # for good, also for what is not imported yet: the process is a worker
+        threadpool_limits(1)
     found = [accumulator.init() for accumulator in accumulators]
     for block in piece.blocks():
         for accumulator in found:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +19,13 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to th
 Out = Annotated[Path | None, typer.Option("--out", help="Keep the result: OUT.json and OUT.safetensors.")]
 
 
-def present(result: Result, *, csv: Path | None, plot: Path | None, out: Path | None, as_json: bool) -> None:
-    """Print a result as a table and a line, or as JSON; write the files."""
+Lines = Callable[[list[dict[str, Any]]], Iterable[str]]
+
+
+def present(
+    result: Result, *, csv: Path | None, plot: Path | None, out: Path | None, as_json: bool, lines: Lines | None = None
+) -> None:
+    """Print a result as a table (as `lines` has it, if given) and a line, or as JSON; write the files."""
     from .show import printable
 
     frame = result.to_pandas()
@@ -29,11 +35,9 @@ def present(result: Result, *, csv: Path | None, plot: Path | None, out: Path | 
         result.plot().savefig(plot, dpi=150)
     if out is not None:
         result.save(out)
-    typer.echo(_as_json(frame) if as_json else f"{_as_text(frame)}\n{printable(repr(result))}")
-
-
-def _as_json(frame: pd.DataFrame) -> str:
-    return json.dumps(json.loads(frame.to_json(orient="records")), indent=2)
+    rows = json.loads(frame.to_json(orient="records", double_precision=15))  # NaN as null
+    table = "\n".join(map(printable, lines(rows))) if lines is not None else _as_text(frame)
+    typer.echo(json.dumps(rows, indent=2) if as_json else f"{table}\n{printable(repr(result))}")
 
 
 def _as_text(frame: pd.DataFrame) -> str:

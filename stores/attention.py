@@ -35,7 +35,7 @@ class Recorded:
     @property
     def facts(self) -> Json:
         """Scale, softcap and what else holds for all examples."""
-        site = (self.columns.get("q") or self.columns["weights"]).site or {}
+        site = self.columns["q" if "q" in self.columns else "weights"].site or {}
         found: Json = site["attention"]
         return found
 
@@ -110,7 +110,7 @@ class Attention:
         return np.concatenate(tiles, 1) if tiles else self._empty(example)
 
     def __len__(self) -> int:
-        return len((self.recorded.columns.get("q") or self.recorded.columns["weights"]).present)
+        return len(self.recorded.columns["q" if "q" in self.recorded.columns else "weights"].present)
 
     def tiles(self, example: int, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[Array, Array]]:
         """(query numbers [R], probabilities [head, R, key]) of an example; never the whole matrix."""

@@ -35,6 +35,8 @@ class ChosenRows:
 
     def edges(self) -> Array:
         """First rows of the blocks that lie in one chunk each, and the number of rows at the end; int64."""
+        if not self.count:
+            return np.zeros(1, np.int64)
         cuts = self.column.edges("chunk")
         at = np.maximum(np.searchsorted(self._there, cuts, "right") - 1, 0)
         inside = np.clip(cuts - self._there[at] + self._here[at], self._here[at], self._ends[at])

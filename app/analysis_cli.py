@@ -1,0 +1,78 @@
+"""Commands that analyse runs: one thin function per command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .outcome import Csv, Out, Plot, present
+from .runs_given import AsJson, RunPath
+
+commands = typer.Typer()
+
+
+@commands.command()
+def probe(
+    run: RunPath,
+    labels: Annotated[list[str], typer.Option(help="A column of labels, such as token/tag; may be given several times.")],
+    sites: Annotated[list[str], typer.Option(help="Which sites; may be given several times.")] = ["resid_post"],  # noqa: B006
+    fit: Annotated[str, typer.Option(help="exact (logistic regression at its optimum), lda or ridge.")] = "exact",
+    control: Annotated[bool, typer.Option("--control", help="Also a control task: a random label for each token type.")] = False,
+    mdl: Annotated[bool, typer.Option("--mdl", help="Also the bits of an online code of the labels.")] = False,
+    baseline: Annotated[str | None, typer.Option(help="A run of the same examples through a model that was not trained.")] = None,
+    level: Annotated[str | None, typer.Option(help="token, example, or a column that numbers words or spans.")] = None,
+    pool: Annotated[str, typer.Option(help="How tokens are joined: first, last or mean.")] = "mean",
+    groups: Annotated[str | None, typer.Option(help="Example column that is never split between training and test.")] = None,
+    test_share: Annotated[float, typer.Option(help="About this share of the rows is held out.")] = 0.25,
+    folds: Annotated[int | None, typer.Option(help="Instead, test on each of so many folds.")] = None,
+    strength: Annotated[float, typer.Option(help="Of the penalty.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the split and the control task.")] = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a linear probe per site for each column of labels, beside what it is to be held against."""
+    from tensortape.analyses import fit_probes
+    from tensortape.stores import open_run
+
+    report = fit_probes(
+        open_run(run),
+        labels=labels,
+        sites=sites,
+        fit=fit,  # type: ignore[arg-type]
+        control=control,
+        mdl=mdl,
+        baseline=None if baseline is None else open_run(baseline),
+        level=level,
+        pool=pool,  # type: ignore[arg-type]
+        groups=groups,
+        test_share=test_share,
+        folds=folds,
+        strength=strength,
+        seed=seed,
+    )
+    present(report, csv=csv, plot=plot, out=out, as_json=as_json)
+
+
+@commands.command()
+def heads(
+    run: RunPath,
+    sites: Annotated[list[str] | None, typer.Option(help="Layers, names or patterns of attention sites; all by default.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Only so many examples, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what each attention head looks at: entropy, distance, and mass on first, previous, own and once-followed tokens."""
+    from tensortape.analyses import head_stats
+    from tensortape.stores import open_run
+
+    from . import head_lines
+
+    wanted = [int(site) if site.lstrip("-").isdigit() else site for site in sites or []]
+    stats = head_stats(open_run(run), sites=wanted or None, examples=examples, seed=seed)
+    present(stats, csv=csv, plot=plot, out=out, as_json=as_json, lines=head_lines.lines)
