@@ -40,7 +40,7 @@ def neuron_table(
     level: str = "token",
     pool: Pool = "mean",
     shares: Sequence[float] = SHARES,
-    memory: int = 512 << 20,
+    memory: int = 256 << 20,
     context: int = 40,
     decode: Decode | None = None,
     executor: Executor | None = None,

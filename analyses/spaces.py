@@ -101,9 +101,10 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
     needed = [*columns, *labels, *([] if numbering is None else [numbering])]
     examples = np.logical_and.reduce([column.present for column in needed])
     whole = Space(run, table, examples, None)
-    if level == "token" or table == "example":
-        return whole
-    return Space(run, table, examples, _merged(whole, numbering, pool))
+    found = whole if level == "token" or table == "example" else Space(run, table, examples, _merged(whole, numbering, pool))
+    if not len(found):
+        raise LabelError(f"no example of the run has rows of all of {', '.join(column.name for column in needed)}")
+    return found
 
 
 def _merged(space: Space, numbering: Column | None, pool: Pool) -> Merged:

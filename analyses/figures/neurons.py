@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 15
+_OUTLYING = 10
 
 
 def neuron_figure(table: NeuronTable) -> Figure:
@@ -31,27 +32,26 @@ def neuron_figure(table: NeuronTable) -> Figure:
 
 def _spread(axes: Axes, table: NeuronTable) -> None:
     """Bands between the outer quantiles, of neurons by their middle one."""
-    order = np.argsort(table.quantiles[len(table.shares) // 2], kind="stable")
-    sorted_, places = table.quantiles[:, order], np.arange(len(order))
-    for inner, (colour, alpha) in enumerate([(SKY, 0.35), (SKY, 0.6), (BLUE, 0.6)][: len(table.shares) // 2]):
-        low, high = table.shares[inner], table.shares[-1 - inner]
-        label = f"{low:.0%} to {high:.0%} of rows"
-        axes.fill_between(
-            places, sorted_[inner], sorted_[-1 - inner], color=colour, alpha=alpha, linewidth=0, label=label, step="mid"
-        )
-    axes.plot(
-        places, sorted_[len(table.shares) // 2], color=BLACK, linewidth=1, label=f"{table.shares[len(table.shares) // 2]:.0%}"
-    )
+    middle = len(table.shares) // 2
+    order = np.argsort(table.quantiles[middle], kind="stable")
+    bands, places = table.quantiles[:, order], np.arange(len(order))
+    for inner, (colour, alpha) in enumerate([(SKY, 0.35), (SKY, 0.6), (BLUE, 0.6)][:middle]):
+        label = f"{table.shares[inner]:.0%} to {table.shares[-1 - inner]:.0%} of rows"
+        outer: dict[str, Any] = {"color": colour, "alpha": alpha, "linewidth": 0, "label": label}
+        axes.fill_between(places, bands[inner], bands[-1 - inner], step="mid", **outer)
+    axes.plot(places, bands[middle], color=BLACK, linewidth=1, label=f"{table.shares[middle]:.0%}")
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(xlabel="neuron, by its median", ylabel="activation", xlim=(-0.5, len(order) - 0.5))
-    axes.set_yscale("symlog", linthresh=_usual(table))
-    axes.legend(loc="upper left", fontsize="small")
+    reach = np.abs(table.quantiles[[0, -1]]).max(0)
+    usual = float(np.nanquantile(reach, 0.9))
+    if np.nanmax(reach) > _OUTLYING * usual > 0:  # a few outlying neurons must not flatten all others
+        axes.set_yscale("symlog", linthresh=usual)
+    _legend(axes)
 
 
-def _usual(table: NeuronTable) -> float:
-    """Up to where the axis is linear: what most neurons stay within; a few outlying ones must not flatten all others."""
-    known = np.abs(table.quantiles[[0, -1]]).max(0)
-    return float(np.nanquantile(known, 0.9)) or 1.0
+def _legend(axes: Axes) -> None:
+    """Above the panel, where it hides nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small", frameon=False)
 
 
 def _importance(axes: Axes, table: NeuronTable) -> None:
@@ -62,7 +62,7 @@ def _importance(axes: Axes, table: NeuronTable) -> None:
     axes.axvline(0, color=GREY, linewidth=0.6)
     axes.set_yticks(np.arange(len(first)), [_named(table, number) for number in first.tolist()], fontsize="small")
     axes.set(xlabel=f"importance for {table.target}", ylabel="neuron and its highest token" if table.top else "neuron")
-    axes.legend(loc="lower right", fontsize="small")
+    _legend(axes)
 
 
 def _selectivity(axes: Axes, table: NeuronTable) -> None:
