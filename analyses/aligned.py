@@ -99,9 +99,9 @@ def partners(mine: Space, theirs: Space) -> tuple[Array, Array]:
         raise JoinError(f"no example of {mine.run.path} is in {theirs.run.path} too, by id, phase and step, with the sites")
     differ = both[counts[both] != other[partner[both]]]
     if len(differ):
-        one = differ[0]
+        one, there = differ[0], partner[differ[0]]
         raise JoinError(
-            f"example {mine.run.ids[one]!r} has {counts[one]} rows in {mine.run.path} and {other[partner[one]]} in {theirs.run.path}; "
+            f"example {mine.run.ids[one]!r} has {counts[one]} rows in {mine.run.path} and {other[there]} in {theirs.run.path}; "
             "compare runs of the same tokens, or level='example'"
         )
     rows = np.flatnonzero(np.isin(mine.owner, both))

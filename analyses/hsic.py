@@ -60,8 +60,8 @@ def _similar(x: Array, kernel: Kernel) -> Array:
         return products
     squares = np.diagonal(products)
     distances = np.maximum(squares[:, None] + squares - 2 * products, 0)
-    median = np.median(distances[np.triu_indices(len(x), 1)])
-    found: Array = np.exp(-distances / (2 * median)) if median else np.ones_like(products)
+    width = np.median(np.sqrt(distances[np.triu_indices(len(x), 1)]))
+    found: Array = np.exp(-distances / (2 * width**2)) if width else np.ones_like(products)
     return found
 
 

@@ -37,7 +37,7 @@ class Moments(Accumulator):
     """`Spread` of the rows of one column.
 
     Args:
-        shift: what rows are summed less, [d], in numbers that the rows' dtype has; a mean is then exact however large it is.
+        shift: what rows are summed less, [d]; see `shift_of`.
     """
 
     state = ("count", "total", "square", "zeros", "positives", "least", "greatest")

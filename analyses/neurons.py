@@ -100,10 +100,13 @@ def _read(
 ) -> dict[type[Accumulator], Any]:
     """What each accumulator makes of the rows, in one reading."""
     rows = space.rows(columns, {} if told is None else {LABEL: told.of_row})
-    values = rows.first_block().values[0]
-    shift = shift_of(rows.first_block()).astype(values.dtype).astype(np.float64)
+    first = rows.first_block()
+    shift = shift_of(first)
     counts = [len(space)] if told is None else np.bincount(told.of_row + 1, minlength=len(told.classes) + 1).tolist()
-    made: list[Accumulator] = [Moments(shift), Ranks(sizes(counts, values[0].nbytes, memory), None if told is None else LABEL)]
+    made: list[Accumulator] = [
+        Moments(shift),
+        Ranks(sizes(counts, first.values[0][0].nbytes, memory), None if told is None else LABEL),
+    ]
     made += [] if told is None else [ClassSums(shift, LABEL, len(told.classes))]
     made += [Products()] if len(columns) == 2 else []
     made += [Highest(top)] if top else []

@@ -116,4 +116,4 @@ def _decoded(tokens: Column, plain: Passage, context: int, decode: Decode) -> Pa
     ids = tokens.within(plain.example, first, stop).tolist()
     inside = slice(plain.token - first, plain.last - first)
     before, text, after = decode(ids[: inside.start]), decode(ids[inside]), decode(ids[inside.stop :])
-    return Passage(plain.id, plain.example, plain.token, plain.last, before[len(before) - context :], text, after[:context])
+    return Passage(plain.id, plain.example, plain.token, plain.last, before[max(len(before) - context, 0) :], text, after[:context])

@@ -100,11 +100,16 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
     numbering = run[level] if level not in ("token", "example") else None
     needed = [*columns, *labels, *([] if numbering is None else [numbering])]
     examples = np.logical_and.reduce([column.present for column in needed])
-    whole = Space(run, table, examples, None)
-    found = whole if level == "token" or table == "example" else Space(run, table, examples, _merged(whole, numbering, pool))
-    if not len(found):
+    whole = _with_rows(Space(run, table, examples, None), needed)
+    if level == "token" or table == "example":
+        return whole
+    return _with_rows(Space(run, table, examples, _merged(whole, numbering, pool)), needed)
+
+
+def _with_rows(space: Space, needed: Sequence[Column]) -> Space:
+    if not len(space):
         raise LabelError(f"no example of the run has rows of all of {', '.join(column.name for column in needed)}")
-    return found
+    return space
 
 
 def _merged(space: Space, numbering: Column | None, pool: Pool) -> Merged:
