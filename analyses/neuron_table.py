@@ -129,9 +129,11 @@ class NeuronTable(Result):
 
         Args:
             by: `importance`, `selectivity` (how far from 0.5 the AUC is for the class told best) or `deviation`; the first of them
-                that is known if not given.
+                that is known if not given. ValueError for one that is not known.
         """
         known = self._known
+        if by is not None and by not in known:
+            raise ValueError(f"neurons of this table can be ranked by {', '.join(known)}, not by {by!r}")
         values = next(iter(known.values())) if by is None else known[by]
         return np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
 

@@ -9,6 +9,7 @@ from typing import Self
 
 import numpy as np
 from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
 
 from tensortape.stores import Column, Run
 from tensortape.stores.derived import Derived
@@ -97,12 +98,12 @@ def tsne(
     rows = space(run, [column], [] if labels is None else [run[labels]], level, pool)
     shown = _sample(rows, None if labels is None else run[labels], sample, seed)
     if len(shown.rows) <= perplexity:
-        raise SizeError(
-            f"a perplexity of {perplexity:g} needs more rows than the {len(shown.rows)} of the sample; lower perplexity="
-        )
+        few = f"needs more rows than the {len(shown.rows)} of the sample"
+        raise SizeError(f"a perplexity of {perplexity:g} {few}; lower perplexity=, or raise sample=")
     count = min(components, math.prod(column.shape[1:]))
     scores = _project(rows, column, count, shown, executor, run.derived if keep else None).scores
-    model = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit(scores)
+    with threadpool_limits(1):  # the same bits; where cores are busy, its threads wait for one another ten times as long
+        model = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit(scores)
     return Embedding2D(str(site_name(column)), model.embedding_, shown, float(model.kl_divergence_), perplexity, seed)
 
 

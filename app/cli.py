@@ -232,6 +232,68 @@ def demo(
         typer.echo(json.dumps(found, indent=2))
 
 
+@app.command()
+def neurons(
+    run: RunPath,
+    site: Annotated[str, typer.Argument(help="A recorded site, such as 'mlp_out[3]'.", show_default=False)],
+    labels: Annotated[str | None, typer.Option(help="A column of classes; adds AUC and mean differences.")] = None,
+    target: Annotated[str | None, typer.Option(help="Importance for this target, whose gradient was recorded at the site.")] = None,
+    assume_sum: Annotated[
+        bool, typer.Option("--assume-sum", help="Take gradients of an undeclared reduction as they are.")
+    ] = False,
+    level: Annotated[str, typer.Option(help="What a row is: token, example, or a column that numbers words.")] = "token",
+    top: Annotated[int, typer.Option(help="How many of the highest rows of each neuron.")] = 5,
+    by: Annotated[str | None, typer.Option(help="Rank by importance, selectivity or deviation.")] = None,
+    first: Annotated[int, typer.Option(help="How many neurons to show.")] = 10,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table of all neurons to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it to this .png file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the neurons of a site: how they are spread, what they tell apart, and the tokens in which they are highest."""
+    from tensortape.stores import open_run
+
+    from . import neurons_command
+
+    found = neurons_command.found(
+        open_run(run),
+        site,
+        labels=labels,
+        target=target,
+        assume_sum=assume_sum,
+        level=level,
+        top=top,
+        by=by,  # type: ignore[arg-type]
+        first=first,
+        csv=csv,
+        plot=plot,
+    )
+    _print(found, neurons_command.lines, as_json=as_json)
+
+
+@app.command()
+def pca(
+    run: RunPath,
+    sites: Annotated[list[str] | None, typer.Option(help="Which sites; resid_post by default.")] = None,
+    components: Annotated[int, typer.Option(help="How many components.")] = 10,
+    labels: Annotated[str | None, typer.Option(help="A column of classes, to colour the picture by.")] = None,
+    level: Annotated[str, typer.Option(help="What a row is: token, example, or a column that numbers words.")] = "token",
+    sample: Annotated[int, typer.Option(help="How many rows to draw.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Which rows to draw.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the first two components to this .png file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the principal components of sites, and how much of the variance they have."""
+    from tensortape.stores import open_run
+
+    from . import pca_command
+
+    found = pca_command.found(
+        open_run(run), sites, components=components, labels=labels, level=level, sample=sample, seed=seed, csv=csv, plot=plot
+    )
+    _print(found, pca_command.lines, as_json=as_json)
+
+
 def main() -> None:
     """Entry point: one clear line and exit code 2 for bad input."""
     from tensortape.analyses.errors import AnalysisError
