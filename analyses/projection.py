@@ -46,7 +46,8 @@ def pca(
         run: an open run.
         sites: which recorded sites; see `Run.select`.
         components: how many.
-        labels: a column of classes, to colour a picture by; only rows that have one are shown.
+        labels: a column of classes, to colour a picture by; only rows that have one are shown, and only examples that have the
+            column count.
         level: what a row is: `token`, `example` (tokens pooled), or a column that numbers words or spans within an example.
         pool: how tokens are joined: `first`, `last` or `mean`.
         sample: how many rows to show, drawn at random; their coordinates are part of the result.
