@@ -30,11 +30,9 @@ def gradient_at(run: Run, site: str, target: str = "loss", *, assume: Assume = N
     every = [column for column in run.sites if site_name(column).is_gradient and not is_companion(column)]
     found = [column for column in every if site_name(column).target == target and _is_of(Pattern(site), column, run)]
     if len(found) != 1:
-        names = ", ".join(column.name for column in found or every) or "none: record sites=['resid_post:out.grad'] with targets="
-        raise UnknownColumnError(
-            f"{len(found)} gradients of target {target!r} are with respect to {site!r}; "
-            f"{'they are' if found else 'the run has'} {names}"
-        )
+        names = ", ".join(column.name for column in found or every) or "none; record sites=['resid_post:out.grad'] with targets="
+        said = "they are" if found else "the run has"
+        raise UnknownColumnError(f"{len(found)} gradients of target {target!r} are with respect to {site!r}; {said} {names}")
     _check_declared(found[0], assume)
     return found[0]
 

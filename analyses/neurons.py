@@ -59,8 +59,8 @@ def neuron_table(
         level: what a row is: `token`, `example` (tokens pooled), or a column that numbers words or spans within an example.
         pool: how tokens are joined: `first`, `last` or `mean`.
         shares: which quantiles.
-        memory: about how many bytes of rows to hold for quantiles and AUC. They are exact if all rows fit; else sketched, and the
-            result says how far they may be off.
+        memory: about how many bytes of rows to hold for quantiles and AUC, in all and in each task that runs. They are exact if all
+            rows fit; else sketched, and the result says how far they may be off.
         context: characters of text before and after each of the highest rows.
         decode: the text of some token ids, for a run that keeps no text.
         executor: who reads and computes; see `sweep`.

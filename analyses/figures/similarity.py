@@ -18,7 +18,8 @@ WRITTEN = 16  # a matrix of no more sites than that has its numbers written into
 def similarity_figure(found: Similarity) -> Figure:
     """The matrix, in the order of the sites."""
     down, across = found.matrix.shape
-    figure = new_figure(2.4 + 0.42 * max(across, 5), 1.6 + 0.42 * max(down, 5))
+    cell = 0.42 if max(down, across) <= WRITTEN else 0.24
+    figure = new_figure(2.4 + cell * max(across, 5), 1.6 + cell * max(down, 5))
     axes = figure.subplots()
     shown = axes.imshow(found.matrix, cmap=SEQUENTIAL, vmin=0, vmax=1)
     axes.set_xticks(np.arange(across), found.other_names, rotation=45, ha="right", fontsize="small")
