@@ -4,11 +4,17 @@ from .attention_map import AttentionMap, attention_map
 from .errors import AnalysisError
 from .head_report import HeadStats
 from .heads import head_stats
+from .neuron_table import NeuronTable
+from .neurons import neuron_table
 from .probe_report import ProbeReport, ProbeScore
 from .probing import fit_probes
+from .projection import pca, tsne
+from .projections import Embedding2D, Projections
 from .results import Result
 from .rollout import Rollout, rollout
 from .saliency import gradient_x_input, token_saliency
+from .similarities import Similarity
+from .similarity import cka
 from .sweep import Accumulator, Job, sweep
 from .token_scores import TokenScores
 
@@ -16,18 +22,26 @@ __all__ = [
     "Accumulator",
     "AnalysisError",
     "AttentionMap",
+    "Embedding2D",
     "HeadStats",
     "Job",
+    "NeuronTable",
     "ProbeReport",
     "ProbeScore",
+    "Projections",
     "Result",
     "Rollout",
+    "Similarity",
     "TokenScores",
     "attention_map",
+    "cka",
     "fit_probes",
     "gradient_x_input",
     "head_stats",
+    "neuron_table",
+    "pca",
     "rollout",
     "sweep",
     "token_saliency",
+    "tsne",
 ]

@@ -2,6 +2,8 @@
 
 AnalysisError
 ├── LabelError (ValueError)     labels that no analysis can be made of
+├── SizeError (ValueError)      more components, rows or neighbours than there are
+├── JoinError (ValueError)      two runs that do not hold the same rows of the same examples
 └── ResultFileError (ValueError)  a file that holds no such result
 """
 
@@ -12,6 +14,14 @@ class AnalysisError(Exception):
 
 class LabelError(AnalysisError, ValueError):
     """Labels that no analysis can be made of: fewer than two classes, or too few groups to split."""
+
+
+class SizeError(AnalysisError, ValueError):
+    """More components, rows or neighbours than there are."""
+
+
+class JoinError(AnalysisError, ValueError):
+    """Two runs that do not hold the same rows of the same examples."""
 
 
 class ResultFileError(AnalysisError, ValueError):

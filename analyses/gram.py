@@ -143,6 +143,10 @@ def chosen(rows: Array, here: Array | None) -> Array:
 
 
 def shift_of(block: Block) -> Array:
-    """What to take from rows before they are summed: the mean of a first block; [d], float64."""
-    found: Array = features(block).mean(0, dtype=np.float64)
+    """What to take from rows before they are summed: the mean of a first block; [d], float64.
+
+    Rounded to the rows' dtype, in which it is taken from them: a mean of 3000 is otherwise off by the rounding, 1e-4.
+    """
+    x = features(block)
+    found: Array = x.mean(0, dtype=np.float64).astype(x.dtype).astype(np.float64)
     return found

@@ -160,11 +160,16 @@ class RowsPiece:
 
     def _picked(self, rows: ChosenRows, at: Array) -> Array:
         """Some rows only."""
-        if self.merged is None:
-            return _wide(rows.take(self.start + at))
-        some = replace(self.merged, first=self.merged.first[at], last=self.merged.last[at])
-        sources, begins = some.sources(0, len(at))
-        return some.join(_wide(rows.take(sources)), begins)
+        return picked(rows, self.merged, at if self.merged is not None else self.start + at)
+
+
+def picked(rows: ChosenRows, merged: Merged | None, at: Array) -> Array:
+    """Rows by number, in any order, as accumulators see them."""
+    if merged is None:
+        return _wide(rows.take(at))
+    some = replace(merged, first=merged.first[at], last=merged.last[at])
+    sources, begins = some.sources(0, len(at))
+    return some.join(_wide(rows.take(sources)), begins)
 
 
 def _is_dense(wanted: Array) -> bool:

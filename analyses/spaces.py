@@ -103,10 +103,16 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
     numbering = run[level] if level not in ("token", "example") else None
     needed = [*columns, *labels, *([] if numbering is None else [numbering])]
     examples = np.logical_and.reduce([column.present for column in needed])
-    whole = Space(run, table, examples, None)
+    whole = _with_rows(Space(run, table, examples, None), needed)
     if level == "token" or table == "example":
         return whole
-    return Space(run, table, examples, _merged(whole, numbering, pool))
+    return _with_rows(Space(run, table, examples, _merged(whole, numbering, pool)), needed)
+
+
+def _with_rows(space: Space, needed: Sequence[Column]) -> Space:
+    if not len(space):
+        raise LabelError(f"no example of the run has rows of all of {', '.join(column.name for column in needed)}")
+    return space
 
 
 def _merged(space: Space, numbering: Column | None, pool: Pool) -> Merged:

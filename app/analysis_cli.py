@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .outcome import Csv, Out, Plot, present
+from .outcome import Csv, Out, Plot, echo, present
 from .runs_given import AsJson, RunPath
 
 commands = typer.Typer()
@@ -76,3 +76,65 @@ def heads(
     wanted = [int(site) if site.lstrip("-").isdigit() else site for site in sites or []]
     stats = head_stats(open_run(run), sites=wanted or None, examples=examples, seed=seed)
     present(stats, csv=csv, plot=plot, out=out, as_json=as_json, lines=head_lines.lines)
+
+
+@commands.command()
+def neurons(
+    run: RunPath,
+    site: Annotated[str, typer.Argument(help="A recorded site, such as 'mlp_out[3]'.", show_default=False)],
+    labels: Annotated[str | None, typer.Option(help="A column of classes; adds AUC and mean differences.")] = None,
+    target: Annotated[str | None, typer.Option(help="Importance for this target, whose gradient was recorded at the site.")] = None,
+    assume_sum: Annotated[
+        bool, typer.Option("--assume-sum", help="Take gradients of an undeclared reduction as they are.")
+    ] = False,
+    level: Annotated[str, typer.Option(help="What a row is: token, example, or a column that numbers words.")] = "token",
+    top: Annotated[int, typer.Option(help="How many of the highest rows of each neuron.")] = 5,
+    by: Annotated[str | None, typer.Option(help="Rank by importance, selectivity or deviation.")] = None,
+    first: Annotated[int, typer.Option(help="How many neurons to show.")] = 10,
+    csv: Csv = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the neurons of a site: how they are spread, what they tell apart, and the tokens in which they are highest."""
+    from tensortape.stores import open_run
+
+    from . import neurons_command
+
+    found = neurons_command.found(
+        open_run(run),
+        site,
+        labels=labels,
+        target=target,
+        assume_sum=assume_sum,
+        level=level,
+        top=top,
+        by=by,  # type: ignore[arg-type]
+        first=first,
+        csv=csv,
+        plot=plot,
+    )
+    echo(found, neurons_command.lines, as_json=as_json)
+
+
+@commands.command()
+def pca(
+    run: RunPath,
+    sites: Annotated[list[str] | None, typer.Option(help="Which sites; resid_post by default.")] = None,
+    components: Annotated[int, typer.Option(help="How many components.")] = 10,
+    labels: Annotated[str | None, typer.Option(help="A column of classes, to colour the picture by.")] = None,
+    level: Annotated[str, typer.Option(help="What a row is: token, example, or a column that numbers words.")] = "token",
+    sample: Annotated[int, typer.Option(help="How many rows to draw.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Which rows to draw.")] = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the principal components of sites, and how much of the variance they have."""
+    from tensortape.stores import open_run
+
+    from . import pca_command
+
+    found = pca_command.found(
+        open_run(run), sites, components=components, labels=labels, level=level, sample=sample, seed=seed, csv=csv, plot=plot
+    )
+    echo(found, pca_command.lines, as_json=as_json)

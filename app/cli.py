@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .analysis_cli import commands
+from .outcome import echo
 from .runs_given import AsJson, RunPath
 
 app = typer.Typer(
@@ -74,7 +75,7 @@ def record(
         mode=mode,  # type: ignore[arg-type]
         memory_budget=int(budget),
     )
-    _print(show.info(run), show.info_lines, as_json=as_json)
+    echo(show.info(run), show.info_lines, as_json=as_json)
 
 
 @app.command()
@@ -119,7 +120,7 @@ def plan(
         for kind in (("qk", "weights") if attention == "auto" else (attention,))
     ]
     found = min(plans, key=lambda one: one.nbytes)
-    _print(found.to_json() if as_json else found, plan_lines.lines, as_json=as_json)
+    echo(found.to_json() if as_json else found, plan_lines.lines, as_json=as_json)
 
 
 @app.command()
@@ -129,7 +130,7 @@ def info(run: RunPath, as_json: AsJson = False) -> None:
 
     from . import show
 
-    _print(show.info(open_run(run)), show.info_lines, as_json=as_json)
+    echo(show.info(open_run(run)), show.info_lines, as_json=as_json)
 
 
 @app.command()
@@ -149,10 +150,10 @@ def head(
     opened = open_run(run)
     if attention is not None:
         strongest = edges.strongest(opened, attention, examples=examples, most=tokens, tokenizer=models.recorded_tokenizer(opened))
-        _print(strongest, edges.lines, as_json=as_json)
+        echo(strongest, edges.lines, as_json=as_json)
         return
     found = show.head(opened, examples=examples, tokens=tokens, sites=sites, tokenizer=models.recorded_tokenizer(opened))
-    _print(found, show.head_lines, as_json=as_json)
+    echo(found, show.head_lines, as_json=as_json)
 
 
 @app.command()
@@ -167,7 +168,7 @@ def verify(
     from tensortape.stores.verify import verify_run
 
     found = verify_run(run, quick=quick)
-    _print({**asdict(found), "ok": found.ok}, lambda _: [repr(found)[1:-1] if found.ok else repr(found)], as_json=as_json)
+    echo({**asdict(found), "ok": found.ok}, lambda _: [repr(found)[1:-1] if found.ok else repr(found)], as_json=as_json)
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -180,7 +181,7 @@ def repair(run: RunPath, as_json: AsJson = False) -> None:
 
     from . import show
 
-    _print(asdict(repair_run(run)), show.repair_lines, as_json=as_json)
+    echo(asdict(repair_run(run)), show.repair_lines, as_json=as_json)
 
 
 @app.command()
@@ -189,7 +190,7 @@ def gc(run: RunPath, as_json: AsJson = False) -> None:
     from tensortape.stores.leftovers import remove_leftovers
 
     removed = remove_leftovers(run)
-    _print({"removed": removed}, lambda found: [*found["removed"], f"{len(found['removed'])} files removed"], as_json=as_json)
+    echo({"removed": removed}, lambda found: [*found["removed"], f"{len(found['removed'])} files removed"], as_json=as_json)
 
 
 @app.command()
@@ -214,7 +215,7 @@ def export(
         rows_per_file=rows_per_file,
         context_size=context_size,
     )
-    _print(show.exported(folder), show.exported_lines, as_json=as_json)
+    echo(show.exported(folder), show.exported_lines, as_json=as_json)
 
 
 @app.command()
@@ -254,14 +255,6 @@ def main() -> None:
 def _is_ours_or_input(error: Exception) -> bool:
     """Our own errors and those of files and names given; anything else is a defect and keeps its traceback."""
     return type(error).__module__.startswith("tensortape") or isinstance(error, (OSError, ValueError, ImportError))
-
-
-def _print(found: Any, lines: Any, *, as_json: bool) -> None:
-    """JSON, or lines for people: what they show of a run may be anything, and must do nothing to a terminal."""
-    from .show import printable
-
-    shown = [printable(line) for text in ([] if as_json else lines(found)) for line in text.split("\n")]
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(shown))
 
 
 if __name__ == "__main__":

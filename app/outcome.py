@@ -46,3 +46,11 @@ def _as_text(frame: pd.DataFrame) -> str:
 
     said = frame.dropna(axis=1, how="all").map(lambda value: printable(value) if isinstance(value, str) else value)
     return said.to_string(index=False, float_format=lambda number: f"{number:.4g}", na_rep="-")
+
+
+def echo(found: Any, lines: Any, *, as_json: bool) -> None:
+    """JSON, or lines for people: what they show of a run may be anything, and must do nothing to a terminal."""
+    from .show import printable
+
+    shown = [printable(line) for text in ([] if as_json else lines(found)) for line in text.split("\n")]
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(shown))
