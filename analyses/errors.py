@@ -2,6 +2,8 @@
 
 AnalysisError
 ├── LabelError (ValueError)     labels that no analysis can be made of
+├── CAVError (ValueError)       concept activation vectors that cannot be had, or do not go with what they were given with
+├── DegenerateGradientsError (ValueError)  gradients that are the same for every example
 └── ResultFileError (ValueError)  a file that holds no such result
 """
 
@@ -12,6 +14,14 @@ class AnalysisError(Exception):
 
 class LabelError(AnalysisError, ValueError):
     """Labels that no analysis can be made of: fewer than two classes, or too few groups to split."""
+
+
+class CAVError(AnalysisError, ValueError):
+    """Concept activation vectors that cannot be had, or that do not go with one another or with the run."""
+
+
+class DegenerateGradientsError(AnalysisError, ValueError):
+    """Gradients that are the same for every example: how many of them point along a concept then says nothing."""
 
 
 class ResultFileError(AnalysisError, ValueError):

@@ -77,7 +77,8 @@ class Losses(Accumulator):
 
 
 class Coordinates:
-    """Of one task: between weights of centred rows and coordinates [width, d + 1] in which the curvature is at most about 1."""
+    """Of tasks on the same rows: between weights of centred rows and coordinates [width, d + 1] in which the curvature is at most
+    about 1."""
 
     def __init__(self, sums: Sums, penalty: float, width: int) -> None:
         self.shift, self.offset, self.scale = sums.shift, sums.offset, sums.deviation
@@ -105,10 +106,9 @@ class Coordinates:
 class Fit:
     """One task on its way to the optimum."""
 
-    def __init__(self, task: Task, count: int, scaled: Sums, strength: float) -> None:
-        self.task = task
-        self.coordinates = Coordinates(scaled, strength / count, task.width)
-        self.descent = Descent(np.zeros((task.width, len(scaled.shift) + 1)))
+    def __init__(self, task: Task, count: int, coordinates: Coordinates) -> None:
+        self.task, self.coordinates = task, coordinates
+        self.descent = Descent(np.zeros((task.width, len(coordinates.shift) + 1)))
         self.gap, self.passes = float("inf"), 0
         self._count, self._calm = count, 0
 

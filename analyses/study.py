@@ -66,7 +66,11 @@ class Study:
         sums, classes = self._sums(rows, shift, manner)
         if manner.kind == "exact":
             counts = [int(task.trained.rows(self.tags).sum()) for task in self.tasks]
-            fits = [logistic.Fit(*one, manner.strength) for one in zip(self.tasks, counts, sums, strict=True)]
+            scales = [
+                logistic.Coordinates(one, manner.strength / count, task.width)
+                for task, count, one in zip(self.tasks, counts, sums, strict=True)
+            ]
+            fits = [logistic.Fit(*one) for one in zip(self.tasks, counts, scales, strict=True)]
             probes = logistic.fit(rows, fits, shift, manner.executor)
         else:
             probes = [_closed(manner, *one) for one in zip(sums, classes, strict=True)]
