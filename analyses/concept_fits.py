@@ -24,6 +24,8 @@ from .rows import Rows
 from .sweep import Job, sweep
 from .tasks import Probe, Selection, Task
 
+TOLERANCE = 1e-9  # of the objective: a direction is off by about the root of it
+
 
 @dataclass(frozen=True)
 class Manner:
@@ -97,7 +99,7 @@ def _logistic(reading: Reading, division: Division, manner: Manner) -> list[tupl
     fits = []
     for some, side, cohort in zip(names, division.sides, division.cohorts, strict=True):
         here = Selection(_rows(cohort))
-        fits += [logistic.Fit(Task(name, 2, here, here), side.count, scales[cohort]) for name in some]
+        fits += [logistic.Fit(Task(name, 2, here, here), side.count, scales[cohort], TOLERANCE) for name in some]
     probes = logistic.fit(rows, fits, shift, manner.executor)
     return [_from_probes(probes[first:last]) for first, last in pairwise(np.cumsum([0, *map(len, names)]))]
 

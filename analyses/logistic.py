@@ -106,8 +106,8 @@ class Coordinates:
 class Fit:
     """One task on its way to the optimum."""
 
-    def __init__(self, task: Task, count: int, coordinates: Coordinates) -> None:
-        self.task, self.coordinates = task, coordinates
+    def __init__(self, task: Task, count: int, coordinates: Coordinates, tolerance: float = TOLERANCE) -> None:
+        self.task, self.coordinates, self.tolerance = task, coordinates, tolerance
         self.descent = Descent(np.zeros((task.width, len(coordinates.shift) + 1)))
         self.gap, self.passes = float("inf"), 0
         self._count, self._calm = count, 0
@@ -135,7 +135,7 @@ class Fit:
     @property
     def converged(self) -> bool:
         """Whether the objective is at its minimum, as far as its slope and its last steps tell."""
-        return self.passes > 0 and (self.descent.remaining < TOLERANCE * abs(self.descent.value) or self._calm >= 3)
+        return self.passes > 0 and (self.descent.remaining < self.tolerance * abs(self.descent.value) or self._calm >= 3)
 
     @property
     def done(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from concept_runs import SHIFT, cosine, pooled, topics, write_rows, write_topics
 from safetensors.numpy import load_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -17,71 +18,15 @@ from sklearn.preprocessing import StandardScaler
 
 from tensortape.analyses import CAV, CAVs, fit_cavs
 from tensortape.analyses.errors import CAVError, LabelError
-from tensortape.stores import Run, RunWriter, open_run
+from tensortape.stores import Run
 from tensortape.stores.errors import GradientError, UnknownColumnError
 
-EXAMPLES, FEATURES = 101, 7
-SHIFT = np.array([3000.0, -800.0, 0, 0, 0, 0, 0])
-TOPICS = np.array(["net", "mail", "gui"])
-
-
-def site(layer: int, **more: Any) -> dict[str, Any]:
-    said = {"path": f"layers.{layer}", "port": "out", "call": 1, "aliases": [["", "resid_post", layer, 2]]}
-    return {**said, "layout": "example token ...", **more}
-
-
-def gradient(layer: int, reduction: str | None = "sum") -> dict[str, Any]:
-    return site(layer, port="out.grad@logit", target={"name": "logit", "reduction": reduction})
-
-
-def write(path: Path, seed: int, reduction: str | None = "sum") -> Run:
-    """Two sites of correlated features, two of which lie far from 0; the topic moves the states, with documents of three."""
-    random = np.random.default_rng(seed)
-    mixing = [np.random.default_rng(layer).normal(size=(FEATURES, FEATURES)) for layer in range(2)]
-    lengths = random.integers(2, 9, EXAMPLES)
-    topic = random.integers(0, 3, EXAMPLES)
-    moved = np.eye(FEATURES)[:3][topic] * 2
-    states = [
-        [
-            ((random.normal(size=(n, FEATURES)) + one) @ mixing[k] + SHIFT).astype(np.float32)
-            for n, one in zip(lengths, moved, strict=True)
-        ]
-        for k in range(2)
-    ]
-    slopes = [[random.normal(size=(n, FEATURES)).astype(np.float32) for n in lengths] for _ in range(2)]
-    with RunWriter(path, durability="rename") as writer:
-        for layer in range(2):
-            writer.describe(f"token/layers.{layer}:out", site=site(layer))
-            writer.describe(f"token/layers.{layer}:out.grad@logit", site=gradient(layer, reduction))
-        writer.append(
-            ids=[f"e{number}" for number in range(EXAMPLES)],
-            columns={
-                **{f"token/layers.{k}:out": states[k] for k in range(2)},
-                **{f"token/layers.{k}:out.grad@logit": slopes[k] for k in range(2)},
-                "token/early": [(np.arange(n) < 2).astype(np.int64) for n in lengths],
-                "example/topic": TOPICS[topic].tolist(),
-                "example/is_net": (topic == 0),
-                "example/document": [f"d{number // 3}" for number in range(EXAMPLES)],
-            },
-        )
-    return open_run(path)
+EXAMPLES = 101
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return write(tmp_path_factory.mktemp("concepts") / "run.zarr", seed=0)
-
-
-def pooled(run: Run, name: str = "layers.1:out") -> np.ndarray:
-    return np.stack([rows.astype(np.float64).mean(0) for rows in run[name][:]])
-
-
-def topics(run: Run) -> np.ndarray:
-    return np.array(run["example/topic"].rows())
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    return write_topics(tmp_path_factory.mktemp("concepts") / "run.zarr", seed=0)
 
 
 def fitted(run: Run, **more: Any) -> CAV:
@@ -231,7 +176,7 @@ def test_rows_without_a_label_are_on_no_side(run: Run) -> None:
 
 def test_scores_of_another_run(run: Run, tmp_path: Path) -> None:
     cavs = fit_cavs(run, concepts=["example/topic=net", "example/topic=gui"], null=0)
-    other = write(tmp_path / "other.zarr", seed=8)
+    other = write_topics(tmp_path / "other.zarr", seed=8)
     found = cavs.score(other)
     for cav in cavs:
         expected = pooled(other, cav.site) @ cav.vector
@@ -308,11 +253,9 @@ def test_a_concept_against_itself(run: Run) -> None:
 
 
 def test_a_site_without_a_difference(tmp_path: Path) -> None:
-    with RunWriter(tmp_path / "flat.zarr", durability="rename") as writer:
-        writer.describe("example/layers.0:out", site=site(0))
-        writer.append(ids=range(8), columns={"example/layers.0:out": np.ones((8, 3)), "example/y": np.arange(8) % 2})
+    flat = write_rows(tmp_path / "flat.zarr", np.ones((8, 3)), y=np.arange(8) % 2)
     with pytest.raises(CAVError, match=r"no direction at 'layers\.0:out'"):
-        fit_cavs(open_run(tmp_path / "flat.zarr"), concepts="example/y", null=0)
+        fit_cavs(flat, concepts="example/y", null=0)
 
 
 def test_mean_gradients_need_a_target_and_no_other_kind_takes_one(run: Run) -> None:
@@ -322,7 +265,7 @@ def test_mean_gradients_need_a_target_and_no_other_kind_takes_one(run: Run) -> N
 
 
 def test_an_undeclared_reduction_is_refused(tmp_path: Path) -> None:
-    undeclared = write(tmp_path / "undeclared.zarr", seed=0, reduction=None)
+    undeclared = write_topics(tmp_path / "undeclared.zarr", seed=0, reduction=None)
     with pytest.raises(GradientError, match="assume='sum'"):
         fit_cavs(undeclared, concepts="example/is_net", kind="mean_gradient", target="logit")
     assert len(fit_cavs(undeclared, concepts="example/is_net", kind="mean_gradient", target="logit", assume="sum")) == 2
