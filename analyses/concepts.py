@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -97,8 +96,8 @@ def fit_cavs(
     for column, reading in zip(columns, readings, strict=True):
         if division is None or division.space is not reading.space:
             division = divide(reading.space, level, chosen, rest, groups, 0.0 if target else test_share, null, seed)
-        site = _Site(column.name.partition("/")[2], *_place(run, column))
-        found |= {f"{cav.concept}/{cav.site}": cav for cav in _cavs(site, reading, division, manner, target)}
+        alias = next((alias for alias in run.aliases(column) if alias.layer is not None), Alias("", ""))
+        found |= {f"{cav.concept}/{cav.site}": cav for cav in _cavs(column, alias, reading, division, manner, target)}
     return CAVs(
         cavs=found,
         level=level,
@@ -110,36 +109,23 @@ def fit_cavs(
     )
 
 
-@dataclass(frozen=True)
-class _Site:
-    name: str
-    stack: str
-    layer: int | None
-
-
-def _place(run: Run, column: Column) -> tuple[str, int | None]:
-    """The stack and the layer of a site of the residual stream."""
-    alias = next((alias for alias in run.aliases(column) if alias.layer is not None), Alias("", ""))
-    return alias.stack, alias.layer
-
-
 def _of_tokens(chosen: Sequence[Choice | str | None]) -> list[Column]:
     """The columns of labels that are of tokens (or their like)."""
     columns = [one.column for one in chosen if isinstance(one, Choice)]
     return [column for column in columns if column.table != "example"]
 
 
-def _cavs(site: _Site, reading: Reading, division: Division, manner: Manner, target: str | None) -> list[CAV]:
+def _cavs(column: Column, alias: Alias, reading: Reading, division: Division, manner: Manner, target: str | None) -> list[CAV]:
     """Those of one site."""
-    normals = fit(reading, division, manner, site.name)
+    normals = fit(reading, division, manner, site_of(column))
     tested = _tested(reading, division, normals, manner) if target is None else [(float("nan"),) * 3] * len(normals)
     return [
         CAV(
             concept=side.concept,
             against=side.against,
-            site=site.name,
-            stack=site.stack,
-            layer=site.layer,
+            site=site_of(column),
+            stack=alias.stack,
+            layer=alias.layer,
             kind=manner.kind,
             vector=normal.vector,
             bias=normal.bias,

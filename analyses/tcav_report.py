@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tensortape.stores.dtypes import Array
 
@@ -82,9 +82,9 @@ class TCAV(Result):
                 return score
         raise KeyError(f"no score of {concept!r} at {site!r}")
 
-    def significant(self, rate: float = 0.05) -> list[TCAVScore]:
-        """Those whose sign count is called significant at a false discovery rate."""
-        return [score for score in self.scores if score.p_fdr <= rate]
+    def significant(self, rate: float = 0.05, by: Literal["sign_count", "mean"] = "sign_count") -> list[TCAVScore]:
+        """Those whose sign count, or mean, is called significant at a false discovery rate."""
+        return [score for score in self.scores if (score.p_fdr if by == "sign_count" else score.p_mean_fdr) <= rate]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per concept and site."""
@@ -103,11 +103,9 @@ class TCAV(Result):
         return tcav_figure(self)
 
     def __repr__(self) -> str:
-        called = sorted(self.significant(), key=lambda score: -abs(score.sign_count - 0.5))
-        shown = "; ".join(f"{score.concept} at {score.site}: sign count {score.sign_count:.2f}" for score in called[:3])
-        said = f"{len(called)} of {len(self.scores)} significant at a false discovery rate of 5 %"
-        n = self.scores[0].n
-        return f"<TCAV of {self.target!r} over {n} rows of {self.examples}: {said}{': ' + shown if shown else ''}>"
+        counts, means = self.significant(by="sign_count"), self.significant(by="mean")
+        said = f"{len(counts)} sign counts and {len(means)} means of {len(self.scores)} significant, at a rate of 5 %"
+        return f"<TCAV of {self.target!r} over {self.scores[0].n} rows of {self.examples}: {said}>"
 
 
 def scored(cav: CAV, dots: Array, positive: Array, mean: Array, p: tuple[float, float]) -> TCAVScore:

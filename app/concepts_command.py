@@ -12,8 +12,8 @@ from tensortape.analyses import Result
 Json = dict[str, Any]
 CAV_COLUMNS = {"concept": "concept", "site": "site", "rows": "concept_rows", "accuracy": "accuracy", "AUC": "auc"}
 TCAV_COLUMNS = {
-    "concept": "concept", "site": "site", "sign": "sign_count", "mean": "mean", "relu": "relu_ratio", "n": "n", "p": "p", "FDR": "p_fdr",
-    "p of mean": "p_mean",
+    "concept": "concept", "site": "site", "n": "n", "sign count": "sign_count", "p": "p", "FDR": "p_fdr",
+    "mean": "mean", "mean p": "p_mean", "mean FDR": "p_mean_fdr",
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tensortape.stores.dtypes import Array
+
 from ..cavs import CAV, CAVs, ConceptScores
 from ..probe_report import tick
 from ..tcav_report import TCAV, TCAVScore
@@ -40,51 +42,60 @@ def cavs_figure(cavs: CAVs) -> Figure:
 
 def scores_figure(scores: ConceptScores) -> Figure:
     """The distribution of the scores of every vector, in units of its standard deviation from its mean."""
-    figure = new_figure(height=max(2.4, 0.32 * len(scores.cavs) + 1.2))
+    figure = new_figure(6.4, max(2.4, 0.3 * len(scores.cavs) + 1.2))
     axes = figure.subplots()
     deviation = scores.values.std(0)
     shown = (scores.values - scores.values.mean(0)) / np.where(deviation > 0, deviation, 1)
-    axes.boxplot(shown, orientation="horizontal", whis=(5, 95), showfliers=False, medianprops={"color": BLUE})
+    axes.boxplot(shown, orientation="horizontal", whis=(5, 95), showfliers=False, medianprops={"color": BLUE, "linewidth": 2})
     axes.set_yticks(range(1, len(scores.cavs) + 1), [f"{concept} at {site}" for concept, site in scores.cavs], fontsize="small")
-    axes.set(xlabel="h · v, standard deviations from the mean (whiskers: 5 to 95 %)")
+    axes.invert_yaxis()
+    axes.set(xlabel="h · v, in standard deviations from its mean\n(boxes: quartiles; whiskers: 5 to 95 %)")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 def tcav_figure(found: TCAV, rate: float = 0.05) -> Figure:
-    """One panel per concept: sign counts by site, the band that holds 95 % of random sets, and what is called significant."""
+    """Two panels per concept, sign counts and means by site, with the band that holds 95 % of random sets."""
     names = list(dict.fromkeys(score.concept for score in found))
     across = min(len(names), _ACROSS)
     down = math.ceil(len(names) / across)
-    figure = new_figure(3.4 * across + 0.6, 3.1 * down + 0.6)
-    grid: Any = figure.subplots(down, across, squeeze=False, sharey=True)
-    for panel, name in zip(grid.flat, names, strict=False):
-        _panel(panel, name, [score for score in found if score.concept == name], rate)
-    for panel in list(grid.flat)[len(names) :]:
-        panel.remove()
-    for row in grid:
-        row[0].set_ylabel("TCAV sign count")
+    figure = new_figure(3.4 * across + 0.8, 4.6 * down + 0.8)
+    grid: Any = figure.subplots(2 * down, across, squeeze=False, sharex="col", sharey="row", height_ratios=[1.2, 1] * down)
+    for number in range(across * down):
+        counts, means = grid[2 * (number // across) : 2 * (number // across) + 2, number % across]
+        if number >= len(names):
+            counts.remove()
+            means.remove()
+            continue
+        scores = [score for score in found if score.concept == names[number]]
+        _band(counts, [(score.sign_count, score.null_sign_count, score.p_fdr <= rate) for score in scores], 0.5, rate)
+        _band(means, [(score.mean, score.null_mean, score.p_mean_fdr <= rate) for score in scores], 0.0, rate)
+        counts.set(title=names[number], ylim=(-0.03, 1.03))
+        means.tick_params(labelbottom=True)
+        _sites(means, scores)
+        if number % across == 0:
+            counts.set_ylabel("sign count")
+            means.set_ylabel("mean of gradient · v")
     of = f"{found.scores[0].n} rows ({found.examples})"
-    figure.suptitle(f"share of {of} where {found.target!r} grows along the concept", fontsize=10)
+    figure.suptitle(f"does {found.target!r} grow along concepts? gradients of {of}", fontsize=10)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
-def _panel(axes: Axes, name: str, scores: Sequence[TCAVScore], rate: float) -> None:
-    places = np.arange(len(scores))
-    if all(len(score.null_sign_count) for score in scores):
-        low, high = np.transpose([np.quantile(score.null_sign_count, (0.025, 0.975)) for score in scores])
-        steps = np.concatenate([places - 0.5, places[-1:] + 0.5])
+def _band(axes: Axes, values: Sequence[tuple[float, Array, bool]], center: float, rate: float) -> None:
+    """Values by site before the band of their random sets; (value, random sets, whether it is significant) each."""
+    places, shown = np.arange(len(values)), np.array([value for value, _, _ in values])
+    if all(len(null) for _, null, _ in values):
+        low, high = np.transpose([np.quantile(null, (0.025, 0.975)) for _, null, _ in values])
+        steps = np.arange(len(values) + 1) - 0.5
         axes.stairs(np.array(high), steps, baseline=np.array(low), fill=True, color=GREY, alpha=0.3, label="95 % of random sets")
-    axes.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
-    values = np.array([score.sign_count for score in scores])
-    axes.plot(places, values, "-", color=BLUE, linewidth=1)
-    called = np.array([score.p_fdr <= rate for score in scores])
-    axes.plot(places[~called], values[~called], "o", color=BLUE, markerfacecolor="white", label="not significant")
-    axes.plot(places[called], values[called], "D", color=ORANGE, label=f"significant (FDR {rate:.0%})")
-    axes.set(title=name, ylim=(-0.03, 1.03))
-    _sites(axes, scores)
+    axes.axhline(center, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.plot(places, shown, "-", color=BLUE, linewidth=1)
+    called = np.array([significant for _, _, significant in values])
+    axes.plot(places[~called], shown[~called], "o", color=BLUE, markerfacecolor="white", label="not significant")
+    axes.plot(places[called], shown[called], "D", color=ORANGE, label=f"significant (FDR {rate:.0%})")
+    axes.grid(axis="y", alpha=0.3)
 
 
 def _sites(axes: Axes, scores: Sequence[TCAVScore] | Sequence[CAV]) -> None:

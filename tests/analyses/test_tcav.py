@@ -248,7 +248,9 @@ def test_the_table_the_plot_and_the_file(run: Run, cavs: CAVs, tmp_path: Path) -
     frame = found.to_pandas()
     assert frame["concept"].tolist() == ["topic=net", "topic=gui"] * 2
     assert (frame["random_sets"] == 20).all()
-    assert [axes.get_title() for axes in found.plot().axes] == ["topic=net", "topic=gui"]
+    counts = found.plot().axes[:2]
+    assert [axes.get_title() for axes in counts] == ["topic=net", "topic=gui"]
+    assert counts[1].lines[1].get_ydata().tolist() == [score.sign_count for score in found if score.concept == "topic=gui"]
     assert "of 'logit' over 101 rows of all examples" in repr(found)
     found.save(tmp_path / "tcav")
     assert TCAV.load(tmp_path / "tcav") == found
