@@ -7,7 +7,6 @@ from concurrent.futures import Executor
 from typing import Literal
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from tensortape.stores import Column, Run
 from tensortape.stores.dtypes import Array
@@ -157,6 +156,8 @@ def _tested(reading: Reading, division: Division, normals: Sequence[Normal], man
 
 def _measured(scores: Array, labels: Array, fitted: Array) -> tuple[float, float, float]:
     """Accuracy and area under the ROC curve on rows with a label that were not fitted to, and accuracy on those that were."""
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     tested = (labels >= 0) & ~fitted
     both = len(np.unique(labels[tested])) == 2
     right = (scores > 0) == (labels == 1)

@@ -20,7 +20,8 @@ class Sensitivity:
     Args:
         dots: gradient * vector; [rows, K], float64.
         positive, mean: of random vectors, the share of rows with a product above 0, and the mean product; [R].
-        spread: root mean square distance of gradients from their mean, in units of their root mean square length; nan for none.
+        spread: root mean square distance of gradients from their mean, in units of their root mean square length; nan if all are 0,
+            infinite if any is not finite.
     """
 
     dots: Array
@@ -72,11 +73,11 @@ class Sensitivities(Accumulator):
 
     def finalize(self) -> Sensitivity:
         """Of all rows, in order."""
-        count, square = int(self.count), float(self.square)
-        variance = square / count - float(np.square(self.total / count).sum())
-        return Sensitivity(
-            np.concatenate(self.dots),
-            self.positive / count,
-            self.sums / count,
-            float(np.sqrt(max(variance, 0) / (square / count))) if square else float("nan"),
-        )
+        count = int(self.count)
+        return Sensitivity(np.concatenate(self.dots), self.positive / count, self.sums / count, self._spread(count))
+
+    def _spread(self, count: int) -> float:
+        square = float(self.square) / count
+        if not np.isfinite(square):
+            return float("inf")
+        return float(np.sqrt(max(1 - np.square(self.total / count).sum() / square, 0))) if square else float("nan")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import false_discovery_control
 
 from tensortape.stores.dtypes import Array
 
@@ -24,6 +23,8 @@ def permutation_p(observed: float, null: Array, center: float) -> float:
 
 def discovery_rates(p: Sequence[float]) -> list[float]:
     """The false discovery rate at which each is called significant (Benjamini & Hochberg 1995); nan for nan, which are no tests."""
+    from scipy.stats import false_discovery_control  # slow to import
+
     found = np.array(p, np.float64)
     known = ~np.isnan(found)
     if known.any():

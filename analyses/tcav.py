@@ -46,7 +46,7 @@ def tcav(
         cavs: of `fit_cavs`, or several of them.
         target: what was differentiated.
         examples: those of the class that is tested, as `example/label=asyncio`; or their numbers, or a mask; all by default.
-        sites: only the vectors at these; names or patterns as for `Run.select`.
+        sites: only the vectors at these: their names, or patterns of sites of the run, as for `Run.select`.
         assume: `sum` takes gradients of an undeclared reduction as they are.
         executor: who reads and computes; see `sweep`.
 
@@ -62,13 +62,10 @@ def tcav(
     _check(several, chosen)
     level, pool = several[0].level, several[0].pool
     if sites is not None:
-        wanted = {site_of(column) for column in run.select(sites)}
-        chosen = [cav for cav in chosen if cav.site in wanted]
+        chosen = _at(run, chosen, [sites] if isinstance(sites, str) else sites)
     which = choice(run, examples) if isinstance(examples, (str, tuple)) else examples
     labels = [which.column] if isinstance(which, Choice) and which.column.table != "example" else []
     at = {site: gradients(run, site, target, level, pool, assume, labels) for site in dict.fromkeys(cav.site for cav in chosen)}
-    if not at:
-        raise CAVError(f"no CAV is at {sites!r}; there are CAVs at {', '.join(several[0].sites)}")
     tests = {site: _Test(reading, [cav for cav in chosen if cav.site == site], level, which) for site, reading in at.items()}
     found = sweep([test.job() for test in tests.values()], executor, title="testing")
     scores = [score for test, [one] in zip(tests.values(), found, strict=True) for score in test.scores(one)]
@@ -83,6 +80,17 @@ def tcav(
         pool=pool,
         origin=run.uid,
     )
+
+
+def _at(run: Run, cavs: Sequence[CAV], sites: Sequence[str]) -> list[CAV]:
+    """Those at some sites; CAVError for none."""
+    known = dict.fromkeys(cav.site for cav in cavs)
+    patterns = [site for site in sites if site not in known]
+    wanted = {*sites, *(map(site_of, run.select(patterns)) if patterns else ())}
+    found = [cav for cav in cavs if cav.site in wanted]
+    if not found:
+        raise CAVError(f"no CAV is at {', '.join(map(repr, sites))}; there are CAVs at {', '.join(known)}")
+    return found
 
 
 class _Test:
@@ -141,7 +149,9 @@ def _check(several: Sequence[CAVs], cavs: Sequence[CAV]) -> None:
 
 
 def _check_spread(spread: float, column: Column) -> None:
-    """DegenerateGradientsError for gradients that differ by no more than rounding would make them."""
+    """DegenerateGradientsError for gradients that differ by no more than rounding would make them; CAVError if not finite."""
+    if np.isinf(spread):
+        raise CAVError(f"gradients of {column.name!r} are not finite; leave out their examples or give other sites=")
     if np.isnan(spread):
         raise DegenerateGradientsError(
             f"all gradients of {column.name!r} are 0: the target does not depend on this site or these tokens; give other sites="

@@ -104,7 +104,7 @@ class TCAV(Result):
 
     def __repr__(self) -> str:
         counts, means = self.significant(by="sign_count"), self.significant(by="mean")
-        said = f"{len(counts)} sign counts and {len(means)} means of {len(self.scores)} significant, at a rate of 5 %"
+        said = f"{len(counts)} sign counts and {len(means)} means of {len(self.scores)} significant (false discovery rate 5 %)"
         return f"<TCAV of {self.target!r} over {self.scores[0].n} rows of {self.examples}: {said}>"
 
 

@@ -17,7 +17,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from tensortape.analyses import CAV, CAVs, fit_cavs
+from tensortape.analyses.divisions import random_sets
 from tensortape.analyses.errors import CAVError, LabelError
+from tensortape.analyses.splits import split
 from tensortape.stores import Run
 from tensortape.stores.errors import GradientError, UnknownColumnError
 
@@ -85,26 +87,43 @@ def test_mean_gradient_is_the_mean_of_what_was_recorded(run: Run) -> None:
     assert found.target == "logit"
 
 
-@pytest.mark.parametrize("kind", ["lda", "logistic", "mean_difference"])
+@pytest.mark.parametrize("kind", ["lda", "logistic", "mean_difference", "mean_gradient"])
 def test_random_sets_are_fitted_as_the_concept_is(run: Run, kind: Any) -> None:
-    """Each is a set of whole documents' rows of the concept's size; here by labels that are one random set of the same draw."""
-    cavs = fit_cavs(run, concepts="example/topic=net", kind=kind, test_share=0, null=3, seed=5, sites="resid_post[1]")
+    """The vector of a random set is that of a concept whose labels are the set."""
+    more = {"target": "logit"} if kind == "mean_gradient" else {}
+    cavs = fit_cavs(run, concepts="example/topic=net", kind=kind, test_share=0, null=3, seed=5, sites="resid_post[1]", **more)
     cav = next(iter(cavs))
     x, norms = pooled(run), np.linalg.norm(cav.null, axis=1)
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
-    from tensortape.analyses.divisions import random_sets
-
     labels = (topics(run) == "net").astype(np.int8)
     sets, shuffled = random_sets(labels, np.arange(EXAMPLES), 3, 5)
     assert cav.shuffled == shuffled == EXAMPLES  # documents have rows of both sides, so that rows are shuffled
     for number in range(3):
         y = sets[:, 1 + number] == 1
         assert y.sum() == labels.sum()
-        if kind == "mean_difference":
+        if kind == "mean_gradient":
+            slopes = np.stack([rows.sum(0) for rows in run["layers.1:out.grad@logit"][:]])
+            assert cosine(cav.null[number], slopes[y].mean(0)) >= 0.9999
+        elif kind == "mean_difference":
             assert cosine(cav.null[number], x[y].mean(0) - x[~y].mean(0)) >= 0.9999
         else:
             again = with_label(run, f"random.{kind}.{number}", y)
             assert cosine(cav.null[number], fitted_to(again, f"random.{kind}.{number}", kind).vector) >= 0.9999
+
+
+def test_whole_documents_are_shuffled_where_each_has_one_label() -> None:
+    """So that a random set is of as many rows, and of all rows of its documents but those of one."""
+    documents = np.repeat(np.arange(31), 3)
+    labels = (documents % 4 == 0).astype(np.int8)
+    labels[-3:] = -1
+    sets, shuffled = random_sets(labels, documents, 17, seed=0)
+    assert shuffled == 30
+    assert np.array_equal(sets[:, 0], labels)
+    assert (sets[-3:] == -1).all()
+    assert ((sets == 1).sum(0) == (labels == 1).sum()).all()
+    inside = np.stack([(sets[documents == document] == 1).mean(0) for document in range(30)])
+    assert (((inside > 0) & (inside < 1)).sum(0) <= 1).all()
+    assert len(np.unique(sets, axis=1).T) > 15
 
 
 def with_label(run: Run, name: str, values: np.ndarray) -> Run:
@@ -123,8 +142,6 @@ def test_accuracy_and_auc_are_of_documents_that_were_held_out(run: Run) -> None:
     cav = fit_cavs(run, concepts="example/topic=net", null=0, seed=3)["topic=net", "layers.1:out"]
     margins, y = pooled(run) @ cav.vector + cav.bias, topics(run) == "net"
     documents = np.array(run["example/document"].rows())
-    from tensortape.analyses.splits import split
-
     cell = split(documents.tolist(), np.arange(EXAMPLES), test_share=0.25, folds=None, blocks=False, seed=3).of_row
     tested = cell < 0
     assert not set(documents[tested]) & set(documents[~tested])

@@ -235,7 +235,10 @@ def test_p_counts_what_is_as_far_on_both_sides() -> None:
 
 
 def test_only_some_sites(run: Run, cavs: CAVs) -> None:
-    assert {one.site for one in tcav(run, cavs, target="logit", sites="resid_post[1]")} == {"layers.1:out"}
+    for sites in ("resid_post[1]", "layers.1:out", ["layers.1:out"]):
+        assert {one.site for one in tcav(run, cavs, target="logit", sites=sites)} == {"layers.1:out"}
+    with pytest.raises(CAVError, match=r"there are CAVs at layers\.1:out"):
+        tcav(run, cavs.only(sites=["layers.1:out"]), target="logit", sites="resid_post[0]")
 
 
 def test_several_kinds_in_one_table(run: Run, cavs: CAVs) -> None:
@@ -329,12 +332,20 @@ def test_a_target_that_was_not_recorded(run: Run, cavs: CAVs) -> None:
         tcav(run, cavs, target="loss")
 
 
-@pytest.mark.parametrize(("slope", "cause"), [(np.arange(1.0, 6.0), "has the same gradient"), (np.zeros(5), "all gradients")])
-def test_gradients_that_are_all_the_same(slope: np.ndarray, cause: str, tmp_path: Path) -> None:
-    """As at the mean that a linear head reads: sign counts would be 0 or 1."""
-    states = np.random.default_rng(0).normal(size=(31, 5))
-    run = write_rows(tmp_path / "same.zarr", states, np.tile(slope, (31, 1)) * (1 + 1e-9), y=np.arange(31) % 2)
-    with pytest.raises(DegenerateGradientsError, match=cause):
+@pytest.mark.parametrize(
+    ("slope", "kind", "cause"),
+    [
+        (np.arange(1.0, 6.0), DegenerateGradientsError, "has the same gradient"),
+        (np.zeros(5), DegenerateGradientsError, "all gradients of .* are 0"),
+        (np.array([0, np.nan, 1, 2, 3]), CAVError, "not finite"),
+    ],
+)
+def test_gradients_that_say_nothing(slope: np.ndarray, kind: type[Exception], cause: str, tmp_path: Path) -> None:
+    """As at the mean that a linear head reads, where sign counts would be 0 or 1; but for rounding."""
+    random = np.random.default_rng(0)
+    slopes = (slope * (1 + 1e-6 * random.normal(size=(31, 1)))).astype(np.float32)
+    run = write_rows(tmp_path / "same.zarr", random.normal(size=(31, 5)), slopes, y=np.arange(31) % 2)
+    with pytest.raises(kind, match=cause):
         tcav(run, fit_cavs(run, concepts="example/y", null=5), target="logit")
 
 
