@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -75,11 +75,10 @@ def fit_cavs(
 
     Raises:
         LabelError: a concept without rows, or with nothing to tell it from.
-        CAVError: a site where concept and rest have the same mean, or values that are not finite.
+        CAVError: a site where concept and rest have the same mean, or values that are not finite; an option that is none.
         UnknownColumnError: no such column or site. GradientError: gradients of an undeclared reduction.
     """
-    if (kind == "mean_gradient") != (target is not None):
-        raise CAVError("kind='mean_gradient' and target= need each other: the other kinds are made of states, not of gradients")
+    _check(kind, pool, target, test_share, strength, null)
     chosen = named(run, concepts)
     rest = against if against is None or against == RANDOM else choice(run, against)
     columns, labels = run.select(sites), _of_tokens([*chosen.values(), rest])
@@ -106,6 +105,19 @@ def fit_cavs(
         strength=strength,
         origin={"run": run.uid, "model": {name: value for name, value in run.model.items() if name != "config"}},
     )
+
+
+def _check(kind: str, pool: str, target: str | None, test_share: float, strength: float, null: int) -> None:
+    """CAVError for options that are none."""
+    for name, value, known in (("kind", kind, get_args(CAVKind)), ("pool", pool, get_args(Pool))):
+        if value not in known:
+            raise CAVError(f"{name} is one of {', '.join(known)}, not {value!r}")
+    if (kind == "mean_gradient") != (target is not None):
+        raise CAVError("kind='mean_gradient' and target= need each other: the other kinds are made of states, not of gradients")
+    if not 0 <= test_share < 1 or strength < 0 or null < 0:
+        raise CAVError(
+            f"test_share is at least 0 and below 1, strength and null at least 0; got {test_share}, {strength} and {null}"
+        )
 
 
 def _of_tokens(chosen: Sequence[Choice | str | None]) -> list[Column]:

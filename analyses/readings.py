@@ -72,6 +72,8 @@ def gradients(
         GradientError: nobody has said how the target joins its examples.
     """
     base, bar, kind = site.partition("|")
+    if assume not in (None, "sum"):
+        raise CAVError(f"assume is 'sum' or None, not {assume!r}")
     if kind == "max":
         raise CAVError(
             f"{site!r} holds the largest value over the tokens, along which no target has a slope; use mean, first or last"

@@ -27,7 +27,7 @@ def tcav(
     cavs: CAVs | Sequence[CAVs],
     *,
     target: str,
-    examples: Said | Array | None = None,
+    examples: Said | Sequence[int] | Array | None = None,
     sites: str | Sequence[str] | None = None,
     assume: Literal["sum"] | None = None,
     executor: Executor | None = None,
@@ -96,7 +96,7 @@ def _at(run: Run, cavs: Sequence[CAV], sites: Sequence[str]) -> list[CAV]:
 class _Test:
     """The vectors of one site, and the gradients there."""
 
-    def __init__(self, reading: Reading, cavs: Sequence[CAV], level: str, which: Choice | Array | None) -> None:
+    def __init__(self, reading: Reading, cavs: Sequence[CAV], level: str, which: Choice | Sequence[int] | Array | None) -> None:
         self.reading, self.cavs = reading, cavs
         self.wanted = _rows(reading, level, which)
         self.vectors = np.stack([cav.vector for cav in cavs], 1)
@@ -120,7 +120,7 @@ class _Test:
         return scores
 
 
-def _rows(reading: Reading, level: str, which: Choice | Array | None) -> Array:
+def _rows(reading: Reading, level: str, which: Choice | Sequence[int] | Array | None) -> Array:
     """Which rows are of the examples that are tested; bool."""
     owner = reading.space.owner
     if isinstance(which, Choice):

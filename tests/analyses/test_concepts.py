@@ -281,6 +281,16 @@ def test_mean_gradients_need_a_target_and_no_other_kind_takes_one(run: Run) -> N
             fit_cavs(run, concepts="example/is_net", **more)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"kind": "svm"}, {"pool": "max"}, {"null": -1}, {"test_share": 1.0}, {"strength": -1.0}],
+    ids=lambda given: next(iter(given)),
+)
+def test_options_that_are_none(run: Run, given: Any) -> None:
+    with pytest.raises(CAVError, match=next(iter(given))):
+        fit_cavs(run, concepts="example/is_net", **given)
+
+
 def test_an_undeclared_reduction_is_refused(tmp_path: Path) -> None:
     undeclared = write_topics(tmp_path / "undeclared.zarr", seed=0, reduction=None)
     with pytest.raises(GradientError, match="assume='sum'"):
