@@ -1,6 +1,8 @@
 """Runs into results; no model and no data set needed."""
 
 from .attention_map import AttentionMap, attention_map
+from .cavs import CAV, CAVs, ConceptScores
+from .concepts import fit_cavs
 from .errors import AnalysisError
 from .head_report import HeadStats
 from .heads import head_stats
@@ -16,12 +18,18 @@ from .saliency import gradient_x_input, token_saliency
 from .similarities import Similarity
 from .similarity import cka
 from .sweep import Accumulator, Job, sweep
+from .tcav import tcav
+from .tcav_report import TCAV, TCAVScore
 from .token_scores import TokenScores
 
 __all__ = [
+    "CAV",
+    "TCAV",
     "Accumulator",
     "AnalysisError",
     "AttentionMap",
+    "CAVs",
+    "ConceptScores",
     "Embedding2D",
     "HeadStats",
     "Job",
@@ -32,9 +40,11 @@ __all__ = [
     "Result",
     "Rollout",
     "Similarity",
+    "TCAVScore",
     "TokenScores",
     "attention_map",
     "cka",
+    "fit_cavs",
     "fit_probes",
     "gradient_x_input",
     "head_stats",
@@ -42,6 +52,7 @@ __all__ = [
     "pca",
     "rollout",
     "sweep",
+    "tcav",
     "token_saliency",
     "tsne",
 ]

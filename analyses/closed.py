@@ -42,3 +42,26 @@ def mean_difference(classes: ClassTotals) -> Array:
     """Mean of class 1 less mean of class 0; [d]."""
     found: Array = classes.offsets[1] - classes.offsets[0]
     return found
+
+
+def lda_directions(sums: Sums, differences: Array, strength: float) -> Array:
+    """Normals of the planes that tell each of several pairs of classes apart, all pairs being divisions of the same rows.
+
+    Linear discriminant analysis with a penalty: the covariance of standardised features is taken to be larger by strength / rows in
+    every direction, which makes it the direction of ridge regression. Without a penalty it is that of scikit-learn's
+    `LinearDiscriminantAnalysis`, as the covariance within two classes and that of all rows give the same (Sherman & Morrison 1950).
+
+    Args:
+        sums: of all rows.
+        differences: mean of one class less that of the other; [pairs, d].
+        strength: of the penalty; `alpha` of scikit-learn's `Ridge`.
+
+    Returns:
+        [pairs, d].
+    """
+    scale = sums.deviation
+    square = sums.covariance / np.outer(scale, scale) + strength / sums.count * np.eye(len(scale))
+    moments = (differences / scale).T
+    solved = np.linalg.solve(square, moments) if strength else np.linalg.lstsq(square, moments, rcond=None)[0]
+    found: Array = (solved / scale[:, None]).T
+    return found

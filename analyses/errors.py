@@ -4,6 +4,8 @@ AnalysisError
 ├── LabelError (ValueError)     labels that no analysis can be made of
 ├── SizeError (ValueError)      more components, rows or neighbours than there are
 ├── JoinError (ValueError)      two runs that do not hold the same rows of the same examples
+├── CAVError (ValueError)       concept activation vectors that cannot be had, or do not go with what they were given with
+├── DegenerateGradientsError (ValueError)  gradients that are the same for every example
 └── ResultFileError (ValueError)  a file that holds no such result
 """
 
@@ -22,6 +24,14 @@ class SizeError(AnalysisError, ValueError):
 
 class JoinError(AnalysisError, ValueError):
     """Two runs that do not hold the same rows of the same examples."""
+
+
+class CAVError(AnalysisError, ValueError):
+    """Concept activation vectors that cannot be had, or that do not go with one another or with the run."""
+
+
+class DegenerateGradientsError(AnalysisError, ValueError):
+    """Gradients that are the same for every example: how many of them point along a concept then says nothing."""
 
 
 class ResultFileError(AnalysisError, ValueError):

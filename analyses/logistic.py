@@ -33,12 +33,20 @@ HELD_BYTES = 256 << 20  # rows that take less, as float32, are read once and hel
 
 @dataclass(frozen=True)
 class Fit:
-    """One task to be fitted, to so many rows; features are scaled by the sums of some rows."""
+    """One task to be fitted, to so many rows; features are scaled by the sums of some rows.
+
+    Args:
+        tolerance: of the objective, how far above its minimum to stop.
+        like: tasks of the same rows with the same name here are as curved as one another, so that the curvature of one does for
+            all.
+    """
 
     task: Task
     count: int
     sums: Sums
     strength: float
+    tolerance: float = TOLERANCE
+    like: str | None = None
 
     @property
     def penalty(self) -> float:
@@ -51,14 +59,14 @@ class Climb:
 
     Args:
         fit: what is fitted.
-        count: training rows it is evaluated on.
         coordinates: to move in.
         start: parameters [width, d + 1] to begin at.
-        tolerance: of the objective, how far above its minimum to stop.
+        count: training rows it is evaluated on, if not all of them.
     """
 
-    def __init__(self, fit: Fit, count: int, coordinates: Coordinates, start: Array, tolerance: float) -> None:
-        self._fit, self._count, self._coordinates, self._tolerance = fit, count, coordinates, tolerance
+    def __init__(self, fit: Fit, coordinates: Coordinates, start: Array, count: int | None = None) -> None:
+        self._fit, self._count, self._coordinates = fit, count or fit.count, coordinates
+        self._tolerance = fit.tolerance if count is None else max(fit.tolerance, ROUGH)
         self._frame = Frame(fit.sums)
         self._descent = Descent(coordinates.point(start))
         self._penalties = np.full(start.shape[1], fit.penalty)
@@ -120,10 +128,12 @@ def fit(rows: Rows, fits: Sequence[Fit], executor: Executor | None = None) -> li
     sample = held(replace(rows, wanted=_sample(rows, fits)))
     rough = [_rough(one, sample) for one in fits]
     _descend(sample, rough, None)
-    climbs = [
-        Climb(one, one.count, _curved(one, begun, sample), begun.best.parameters, TOLERANCE)
-        for one, begun in zip(fits, rough, strict=True)
-    ]
+    climbs = []
+    curved: dict[str, Coordinates] = {}
+    for number, (one, begun) in enumerate(zip(fits, rough, strict=True)):
+        name = one.like or str(number)
+        curved[name] = curved[name] if name in curved else _curved(one, begun, sample)
+        climbs.append(Climb(one, curved[name], begun.best.parameters))
     _descend(source, climbs, executor)
     return [climb.probe for climb in climbs]
 
@@ -169,7 +179,7 @@ def _descend(source: Source, climbs: Sequence[Climb], executor: Executor | None)
 
 def _rough(one: Fit, sample: Held) -> Climb:
     start = np.zeros((one.task.width, len(one.sums.shift) + 1))
-    return Climb(one, max(sample.count(one.task), 1), bound(one.sums, one.penalty, one.task.width), start, ROUGH)
+    return Climb(one, bound(one.sums, one.penalty, one.task.width), start, max(sample.count(one.task), 1))
 
 
 def _curved(one: Fit, begun: Climb, sample: Held) -> Coordinates:

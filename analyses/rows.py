@@ -21,23 +21,24 @@ PIECE_BYTES = 32 << 20
 BLOCK_BYTES = 4 << 20
 _DENSE = 4  # reading everything is faster than picking unless fewer than one row in so many is wanted
 Pool = Literal["first", "last", "mean"]
+Join = Pool | Literal["sum"]  # gradients of a mean are sums
 
 
 @dataclass(frozen=True)
 class Merged:
     """Rows that are made of several: those from `first` to `last` (exclusive) each, in order, joined as `pool` says.
 
-    Averages are taken in float32 (float64 of float64).
+    Averages and sums are taken in float32 (float64 of float64).
     """
 
     first: Array
     last: Array
-    pool: Pool = "mean"
+    pool: Join = "mean"
 
     def sources(self, start: int, stop: int) -> tuple[Array, Array]:
         """Rows that rows [start, stop) are made of, and where each begins among them."""
         first, last = self.first[start:stop], self.last[start:stop]
-        if self.pool != "mean":
+        if self.pool not in ("mean", "sum"):
             return (first if self.pool == "first" else last - 1), np.arange(len(first))
         lengths = last - first
         begins = np.cumsum(lengths) - lengths
@@ -45,10 +46,12 @@ class Merged:
 
     def join(self, values: Array, begins: Array) -> Array:
         """[n, *feature] of the rows they are made of."""
-        if self.pool != "mean":
+        if self.pool not in ("mean", "sum"):
             return values
-        lengths = np.diff(np.append(begins, len(values)))
-        found: Array = np.add.reduceat(values, begins, axis=0) / lengths.astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+        found: Array = np.add.reduceat(values, begins, axis=0)
+        if self.pool == "mean":
+            lengths = np.diff(np.append(begins, len(values)))
+            found /= lengths.astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
         return found
 
 

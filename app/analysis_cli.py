@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -138,3 +139,78 @@ def pca(
         open_run(run), sites, components=components, labels=labels, level=level, sample=sample, seed=seed, csv=csv, plot=plot
     )
     echo(found, pca_command.lines, as_json=as_json)
+
+
+@commands.command()
+def cav(
+    run: RunPath,
+    concept: Annotated[list[str], typer.Option(help="A concept, as example/topic=asyncio; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Write the vectors here: OUT.json and OUT.safetensors.")],
+    sites: Annotated[list[str], typer.Option(help="At which sites; may be given several times.")] = ["resid_post"],  # noqa: B006
+    kind: Annotated[str, typer.Option(help="lda, logistic, mean_difference, or mean_gradient (with --target).")] = "lda",
+    against: Annotated[str | None, typer.Option(help="What it is told from: other rows, or random; all others by default.")] = None,
+    target: Annotated[str | None, typer.Option(help="For mean_gradient: what was differentiated.")] = None,
+    level: Annotated[str | None, typer.Option(help="What a row is: example, token, or a column that numbers words.")] = None,
+    pool: Annotated[str, typer.Option(help="How tokens are joined: mean, first or last.")] = "mean",
+    groups: Annotated[str | None, typer.Option(help="Column of groups that are not split.")] = None,
+    test_share: Annotated[float, typer.Option(help="About this share of the rows is held out.")] = 0.25,
+    strength: Annotated[float, typer.Option(help="Of the penalty; 1 / C of scikit-learn.")] = 1.0,
+    null: Annotated[int, typer.Option(help="How many random sets to fit, which tcav holds the concept against.")] = 200,
+    assume: Annotated[str | None, typer.Option(help="sum: take gradients of an undeclared reduction as they are.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split and the random sets.")] = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit concept activation vectors."""
+    from tensortape.analyses import fit_cavs
+    from tensortape.stores import open_run
+
+    from . import concepts_command
+
+    found = fit_cavs(
+        open_run(run),
+        concepts=concept,
+        sites=sites,
+        kind=kind,  # type: ignore[arg-type]
+        against=against,
+        target=target,
+        level=level,
+        pool=pool,  # type: ignore[arg-type]
+        groups=groups,
+        test_share=test_share,
+        strength=strength,
+        null=null,
+        assume=assume,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    shown = concepts_command.written(found, csv, plot, out)
+    echo(shown, lambda one: concepts_command.lines(one, concepts_command.CAV_COLUMNS), as_json=as_json)
+
+
+@commands.command()
+def tcav(
+    run: RunPath,
+    cavs: Annotated[Path, typer.Option(help="Vectors that `cav` wrote.")],
+    target: Annotated[str, typer.Option(help="What was differentiated.")],
+    examples: Annotated[
+        str | None, typer.Option(help="Those of the class that is tested, as example/label=x; all by default.")
+    ] = None,
+    sites: Annotated[list[str] | None, typer.Option(help="Only the vectors at these sites.")] = None,
+    assume: Annotated[str | None, typer.Option(help="sum: take gradients of an undeclared reduction as they are.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here: OUT.json and OUT.safetensors.")] = None,
+    csv: Csv = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test whether a target of the model changes along concepts."""
+    from tensortape.analyses import CAVs
+    from tensortape.analyses import tcav as test
+    from tensortape.stores import open_run
+
+    from . import concepts_command
+
+    opened, vectors = open_run(run), CAVs.load(cavs)
+    found = test(opened, vectors, target=target, examples=examples, sites=sites, assume=assume)  # type: ignore[arg-type]
+    shown = concepts_command.written(found, csv, plot, out)
+    echo(shown, lambda one: concepts_command.lines(one, concepts_command.TCAV_COLUMNS), as_json=as_json)
