@@ -100,7 +100,7 @@ def fit_probes(
         scores=tuple(found if untrained is None else _beside(found, untrained)),
         fit=fit,
         groups=groups or (DOCUMENT if len(set(of_groups)) < len(run) else "example/id"),
-        level=level or ("example" if rows.merged is not None or rows.table == "example" else "token"),
+        level=rows.level,
         seed=seed,
     )
 

@@ -30,6 +30,7 @@ class Space:
     table: str
     examples: Array  # bool, one per example of the run
     merged: Merged | None
+    level: str = "token"
 
     @cached_property
     def lengths(self) -> Array:
@@ -59,8 +60,8 @@ class Space:
         return every if self.merged is None else every[self.merged.first]
 
     def types(self) -> Array | None:
-        """The number of each row's type (its token id, or those of its tokens); int64. None where ids were not recorded."""
-        if self.table == "example" or "input_ids" not in self.run.tables[self.table]:
+        """The number of each row's type (its token id, or those of its tokens); int64. None of examples, and without token ids."""
+        if self.level == "example" or "input_ids" not in self.run.tables[self.table]:
             return None
         ids = ChosenRows(self.run.tables[self.table]["input_ids"], self.examples).between(0, int(self.lengths.sum()))
         if self.merged is None:
@@ -92,8 +93,10 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
     """
     if pool not in get_args(Pool):
         raise ValueError(f"pool is one of {', '.join(get_args(Pool))}, not {pool!r}")
-    level = level or ("example" if all(column.table == "example" for column in labels) else "token")
     table = _one_table(columns)
+    if table == "example" or (level is None and all(column.table == "example" for column in labels)):
+        level = "example"
+    level = level or "token"
     for column in labels:
         if column.table not in (table, "example"):
             raise LabelError(
@@ -103,10 +106,10 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
     numbering = run[level] if level not in ("token", "example") else None
     needed = [*columns, *labels, *([] if numbering is None else [numbering])]
     examples = np.logical_and.reduce([column.present for column in needed])
-    whole = _with_rows(Space(run, table, examples, None), needed)
+    whole = _with_rows(Space(run, table, examples, None, level), needed)
     if level == "token" or table == "example":
         return whole
-    return _with_rows(Space(run, table, examples, _merged(whole, numbering, pool)), needed)
+    return _with_rows(Space(run, table, examples, _merged(whole, numbering, pool), level), needed)
 
 
 def _with_rows(space: Space, needed: Sequence[Column]) -> Space:

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from tensortape.analyses import ProbeReport, controls, fit_probes
 from tensortape.analyses.spaces import read_labels, space
 from tensortape.analyses.splits import split
-from tensortape.app import demo
+from tensortape.app import demo_runs
 from tensortape.stores import Run, RunWriter, open_run
 
 LABELS = ["token/lexical", "token/role"]
@@ -140,7 +140,7 @@ def main() -> None:
         return
     with ram_folder() as folder:
         path = options.run or folder / "run.zarr"
-        run = open_run(path) if options.run else demo.record_sources(path, demo.source_files(options.files, seed=0))
+        run = open_run(path) if options.run else demo_runs.record_sources(path, demo_runs.source_files(options.files, seed=0))
         sections = {"Seconds": compared(run, options.site, options.tolerance)}
         if options.gigabytes:
             widened(path, folder / "wide.zarr", options.gigabytes * 1e9)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from tensortape.app import demo, models
+from tensortape.app import demo_runs, models
 from tensortape.instrument import pca, record, recorder
 from tensortape.stores import patterns, reader, writer
 
@@ -30,7 +30,7 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if page.name == "analyses.md":
-        demo.record_sources(tmp_path / "run.zarr", demo.source_files(4, seed=0))
+        demo_runs.record_sources(tmp_path / "run.zarr", demo_runs.source_files(4, seed=0))
     if page.name == "object_storage.md":
         request.getfixturevalue("s3_environment")
     exec(compile(code_of(page), str(page), "exec"), {})

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from tensortape.analyses import ProbeReport, fit_probes
-from tensortape.app import cli, demo
+from tensortape.app import cli, demo_runs
 from tensortape.stores import open_run
 
 
@@ -25,7 +25,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("probed") / "run.zarr"
-    demo.record_sources(path, demo.source_files(5, seed=0))
+    demo_runs.record_sources(path, demo_runs.source_files(5, seed=0))
     return path
 
 
