@@ -119,7 +119,7 @@ def claimed_parts(place: Place) -> list[str]:
 
 
 def read_part(place: Place, run: str, name: str, *, whole: bool = False) -> PartState:
-    """One part as of its last checkpoint and what came after; `whole` reads every record instead.
+    """One part as of its last checkpoint and what came after; `whole` reads every record instead, and finds out more of damage.
 
     Raises:
         DamagedError: a record is missing or not the one that was written.
@@ -127,6 +127,8 @@ def read_part(place: Place, run: str, name: str, *, whole: bool = False) -> Part
     where = f"parts/{name}/zarr.json"
     part = begun(place, name)
     end = read_end(place, name)  # read first: a writer may close the part while its records are being read
+    if end is not None and whole:
+        _check_end(place, name, end)
     for record, digest in _records(place, run, name, end, whole=whole):
         if record.document != part.stated:
             raise DamagedError(f"{where}: the part document is not the one that its commit records name")
@@ -184,6 +186,13 @@ def read_record(place: Place, run: str, part: str, number: int) -> tuple[Record,
 def record_numbers(place: Place, part: str) -> list[int]:
     """Numbers of the commit records that are there, damaged or not."""
     return [int(name.partition(".")[0]) for name in place.names(f"parts/{part}/commits") if _RECORD.fullmatch(name)]
+
+
+def _check_end(place: Place, part: str, end: End) -> None:
+    """DamagedError if what closed a part has the digest of its last record, but not its number."""
+    last = max(record_numbers(place, part), default=end.number)
+    if last != end.number and commits.digest(place.read(commits.path_of(part, last), commits.MOST_BYTES)) == end.digest:
+        raise DamagedError(f"{commits.end_path(part)}: names record {end.number}, but has the digest of {last}, the last one")
 
 
 def _records(place: Place, run: str, part: str, end: End | None, *, whole: bool) -> Iterator[tuple[Record, str]]:
