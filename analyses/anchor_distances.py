@@ -36,8 +36,8 @@ class AnchorDistance(Result):
     Args:
         site: an attention module. layer: None where not known.
         classes: their names.
-        distance: of the mean keys of two classes' label words (heads side by side, along the principal components of the queries at
-            q, each times its singular value), over the largest; small where confusion is foretold; 1 on the diagonal; [class, class]
+        distance: of the mean keys of two classes' label words (heads side by side, along the principal components of the queries
+            at q, each times its singular value), over the largest; [class, class], 1 on the diagonal. Small foretells confusion
         auc: area under the ROC curve of P(a) / P(b) over prompts of the two classes, small where they are confused; 1 on the
             diagonal, NaN where a class does not occur; None without gold labels and scores.
         spearman: rank correlation of the two over pairs of classes; NaN for fewer than three pairs.
