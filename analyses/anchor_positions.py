@@ -184,6 +184,8 @@ def anchor_positions(
     tokens = np.array(list(labels.values()), np.int64)
     if not len(tokens) or len(set(tokens.tolist())) < len(tokens):
         raise AnchorError(f"label words need a token each, and each its own; got {dict(labels)}")
+    if target not in ("last", "prefix") or by not in ("word", "appearance"):
+        raise ValueError(f"target is 'last' or 'prefix' and by is 'word' or 'appearance'; got {target!r} and {by!r}")
     if target == "prefix" and not len(prefix):
         raise AnchorError("target='prefix' needs the prefix that the query's label would follow")
     column = run.tables[table]["input_ids"]

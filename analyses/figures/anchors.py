@@ -31,9 +31,9 @@ def anchors_figure(flow: AnchorFlow | None, auc: AnchorAUC | None) -> Figure:
     """A panel for each of the two that there is."""
     figure, axes = panels((flow is not None) + (auc is not None))
     if flow is not None:
-        _flow_panel(axes[0], flow)
+        flow_panel(axes[0], flow)
     if auc is not None:
-        _auc_panel(axes[-1], auc)
+        auc_panel(axes[-1], auc)
     return figure
 
 
@@ -62,7 +62,7 @@ def positions_figure(positions: AnchorPositions) -> Figure:
     return figure
 
 
-def _flow_panel(axes: Axes, flow: AnchorFlow) -> None:
+def flow_panel(axes: Axes, flow: AnchorFlow) -> None:
     shares = flow.shares if flow.heads == "sum_abs" else flow.shares.mean(1)
     places = np.arange(len(flow.sites))
     for number, (style, colour, label) in enumerate(_FLOWS):
@@ -73,7 +73,7 @@ def _flow_panel(axes: Axes, flow: AnchorFlow) -> None:
     axes.legend(fontsize="small")
 
 
-def _auc_panel(axes: Axes, auc: AnchorAUC) -> None:
+def auc_panel(axes: Axes, auc: AnchorAUC) -> None:
     places = np.arange(len(auc.sites))
     axes.plot(places, auc.auc, "o-", color=BLUE, label="AUCROC$_l$ of attention to label words")
     axes.plot(places, auc.share, "s--", color=PURPLE, label="$R_l$, share of layers up to here")
