@@ -40,7 +40,7 @@ class AnchorDistance(Result):
             at q, each times its singular value), over the largest; [class, class], 1 on the diagonal. Small foretells confusion
         auc: area under the ROC curve of P(a) / P(b) over prompts of the two classes, small where they are confused; 1 on the
             diagonal, NaN where a class does not occur; None without gold labels and scores.
-        spearman: rank correlation of the two over pairs of classes; NaN for fewer than three pairs.
+        spearman: rank correlation of the two over pairs of classes; NaN for fewer than three pairs, and where all are alike.
         singular_values: of the centred queries, largest first; [components].
         prompts: number of queries.
     """
@@ -197,4 +197,6 @@ def _rank_correlation(distance: Array, auc: Array) -> float:
 
     upper = np.triu_indices(len(distance), 1)
     known = np.isfinite(auc[upper]) & np.isfinite(distance[upper])
-    return float(spearmanr(distance[upper][known], auc[upper][known]).statistic) if known.sum() > 2 else float("nan")
+    pairs = distance[upper][known], auc[upper][known]
+    differ = known.sum() > 2 and all(np.ptp(one) > 0 for one in pairs)
+    return float(spearmanr(*pairs).statistic) if differ else float("nan")

@@ -8,7 +8,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Report:
     isolation: pd.DataFrame
     flow: AnchorFlow
     auc: AnchorAUC
+    newlines: AnchorAUC
     compression: pd.DataFrame
     reweighting: pd.DataFrame
 
@@ -61,7 +62,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tables = {
         "isolation": report.isolation,
-        "layers": report.flow.to_pandas().merge(report.auc.to_pandas(), on=["site", "layer", "prompts"]),
+        "layers": layers_of(report),
         "compression": report.compression,
         "reweighting": report.reweighting,
     }
@@ -74,11 +75,9 @@ def main() -> None:
 def measure(model: LlamaForCausalLM, episodes: Episodes, seed: int) -> Report:
     """All tables for some episodes."""
     whole = answered(model, episodes)
-    flow, auc = recorded(model, episodes, whole)
     return Report(
         isolation(model, episodes, whole, seed),
-        flow,
-        auc,
+        *recorded(model, episodes, whole),
         compression(model, episodes, seed),
         reweighting(model, episodes, seed),
     )
@@ -92,10 +91,8 @@ def isolation(model: LlamaForCausalLM, episodes: Episodes, whole: Answers, seed:
     before it, in the first or last layers."""
     starts = PERIOD * np.arange(DEMONSTRATIONS)
     names = np.random.default_rng(seed).integers(0, LABEL, (len(episodes.ids), DEMONSTRATIONS)) + starts
-    cuts = {
-        "label words": np.broadcast_to(starts + LABEL, names.shape),
-        "newlines": np.broadcast_to(starts + LABEL + 1, names.shape),
-    }
+    labels = np.broadcast_to(starts + LABEL, names.shape)
+    cuts = {"label words": labels, "newlines": labels + 1, "names": names}
     rows = [{"layers": "none", "isolated": "", **scores(whole, whole, episodes)}]
     for span, layers in spans(model.config.num_hidden_layers).items():
         for name, cut in cuts.items():
@@ -133,8 +130,11 @@ def scores(found: Answers, whole: Answers, episodes: Episodes) -> dict[str, Any]
 # ---- what is recorded
 
 
-def recorded(model: LlamaForCausalLM, episodes: Episodes, whole: Answers) -> tuple[AnchorFlow, AnchorAUC]:
-    """Flow and AUC of a run of all prompts; each episode has labels of its own, so classes go by their order in it."""
+def recorded(model: LlamaForCausalLM, episodes: Episodes, whole: Answers) -> tuple[AnchorFlow, AnchorAUC, AnchorAUC]:
+    """Flow, AUC of label words and AUC of the newlines behind them, of a run of all prompts.
+
+    Each episode has labels of its own, so classes go by their order in it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = record(
             model,
@@ -147,7 +147,14 @@ def recorded(model: LlamaForCausalLM, episodes: Episodes, whole: Answers) -> tup
         )
         positions = anchor_positions(run, {word: token for word, token in zip(LABELS, LABEL_TOKENS, strict=True)}, by="appearance")
         predicted = np.array(LABEL_TOKENS)[whole.labels.numpy()]
-        return anchor_flow(run, positions), anchor_auc(run, positions, predicted)
+        behind = replace(positions, positions=positions.positions + 1)
+        return anchor_flow(run, positions), anchor_auc(run, positions, predicted), anchor_auc(run, behind, predicted)
+
+
+def layers_of(report: Report) -> pd.DataFrame:
+    """One row per layer."""
+    columns = ["layer", "S_wp_share", "S_pq_share", "S_ww_share"]
+    return report.flow.to_pandas()[columns].assign(AUCROC=report.auc.auc, R=report.auc.share, AUCROC_newlines=report.newlines.auc)
 
 
 def batches(episodes: Episodes) -> Iterator[dict[str, Any]]:
@@ -231,6 +238,8 @@ def draw_figure(report: Report, path: Path) -> None:
     compression_panel(kept, report.compression)
     flow_panel(flow, report.flow)
     auc_panel(auc, report.auc)
+    auc.plot(report.newlines.auc, "^-", color=GREEN, label="AUCROC$_l$ of attention to newlines")
+    auc.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
