@@ -68,7 +68,7 @@ class AnchorDistance(Result):
 
     def __repr__(self) -> str:
         pairs = self.to_pandas().sort_values("distance")
-        nearest = f"{pairs['first'].iloc[0]} and {pairs['second'].iloc[0]}"
+        nearest = f"{pairs['first'].iloc[0]!r} and {pairs['second'].iloc[0]!r}"
         beside = "" if self.spearman is None else f"; rank correlation with real confusion {self.spearman:.2f}"
         return f"<AnchorDistance at {self.site}: {nearest} are nearest of {len(self.classes)} classes{beside}>"
 

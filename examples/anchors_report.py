@@ -249,7 +249,7 @@ def isolation_panel(axes: Axes, table: pd.DataFrame) -> None:
         here = table[table["isolated"] == name].set_index("layers")["label_loyalty"]
         axes.bar(np.arange(len(named)) + 0.27 * (number - 1), here[named], 0.25, color=colour, label=name)
     axes.set_xticks(range(len(named)), named)
-    axes.set(title="Tokens that see nothing before them", xlabel="in these layers", ylabel=LOYALTY, ylim=(0, 1.3))
+    axes.set(title="Tokens that see nothing before them", xlabel="in these layers", ylabel=LOYALTY, ylim=(0, 1.45))
     _close(axes, "isolated")
 
 
@@ -258,17 +258,18 @@ def compression_panel(axes: Axes, table: pd.DataFrame) -> None:
     for number, (name, here) in enumerate(table.groupby("anchors", sort=False)):
         rows = here.set_index("method").loc[list(methods)]
         error = np.stack([rows["label_loyalty"] - rows["lowest"], rows["highest"] - rows["label_loyalty"]])
+        error[:, rows["draws"] == 1] = np.nan  # nothing was drawn
         at = np.arange(len(methods)) + 0.4 * number - 0.2
         axes.bar(at, rows["label_loyalty"], 0.38, yerr=error, capsize=3, color=(BLUE, PURPLE)[number], label=name)
     axes.set_xticks(range(len(methods)), list(methods.values()))
-    axes.set(title="Demonstrations compressed", ylabel=LOYALTY, ylim=(0, 1.3))
+    axes.set(title="Demonstrations compressed", ylabel=LOYALTY, ylim=(0, 1.45))
     _close(axes, "anchors")
 
 
 def _close(axes: Axes, title: str) -> None:
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.axhline(0.5, color=GREY, linestyle=":", label="chance of two labels")
-    axes.legend(title=title, loc="upper center", fontsize="small", title_fontsize="small", ncols=4)
+    axes.legend(title=title, loc="upper center", fontsize="small", title_fontsize="small", ncols=2)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ _FLOWS = (
     ("^-", GREEN, "$S_{ww}$ rest"),
 )
 _SHOWN = 40  # examples
+_TICKS = 16
 
 
 def anchors_figure(flow: AnchorFlow | None, auc: AnchorAUC | None) -> Figure:
@@ -67,7 +68,7 @@ def flow_panel(axes: Axes, flow: AnchorFlow) -> None:
     places = np.arange(len(flow.sites))
     for number, (style, colour, label) in enumerate(_FLOWS):
         axes.plot(places, shares[:, number], style, color=colour, label=label)
-    axes.set_xticks(places, ticks(flow.sites, flow.layers))
+    _layers(axes, ticks(flow.sites, flow.layers))
     axes.set(title="Mean saliency of pairs", xlabel="layer (or site)", ylabel="share of the three flows", ylim=(-0.02, 1.02))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
@@ -78,12 +79,18 @@ def auc_panel(axes: Axes, auc: AnchorAUC) -> None:
     axes.plot(places, auc.auc, "o-", color=BLUE, label="AUCROC$_l$ of attention to label words")
     axes.plot(places, auc.share, "s--", color=PURPLE, label="$R_l$, share of layers up to here")
     axes.axhline(0.5, color=GREY, linestyle=":", label="chance")
-    axes.set_xticks(places, ticks(auc.sites, auc.layers))
+    _layers(axes, ticks(auc.sites, auc.layers))
     axes.set(title="Attention and prediction", xlabel="layer (or site)", ylabel="AUCROC$_l$, $R_l$ (no unit)")
     low, high = min(0.0, float(np.nanmin(auc.share))), max(1.0, float(np.nanmax(auc.share)))
     axes.set_ylim(low - 0.03, high + 0.03)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
+
+
+def _layers(axes: Axes, names: list[str]) -> None:
+    """Names of layers below an axis, as many as there is room for."""
+    step = -(-len(names) // _TICKS)
+    axes.set_xticks(range(0, len(names), step), names[::step])
 
 
 def _matrix(figure: Figure, axes: Axes, title: str, values: Array, classes: tuple[str, ...]) -> None:
