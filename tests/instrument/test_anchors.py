@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from gradient_models import gpt_neo
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from tensortape.instrument import Recorder
 from tensortape.instrument.anchors import AnchorWeights, Prompt, answers, compress, isolated, label_loyalty, word_loyalty
 from tensortape.instrument.anchors.compression import from_cache, from_text, only
 from tensortape.instrument.errors import AttentionError, BatchError, CompiledModelError, UnsupportedModelError
+from tensortape.stores import Run
 
 NEAR = 1e-4
 MASKED = torch.finfo(torch.float32).min
@@ -386,3 +389,18 @@ def test_loyalty_is_counting() -> None:
     assert label_loyalty(original, original) == word_loyalty(original, original) == 1
     with pytest.raises(BatchError):
         label_loyalty(found, answers(one[:3], [3, 8, 9]))
+
+
+def test_what_is_recorded_meanwhile_is_what_was_changed(make: Callable[..., Recorder], opened: Callable[[Recorder], Run]) -> None:
+    """Hidden states are those of the changed model; attention is refused, for queries and keys do not explain changed outputs."""
+    model, inputs = llama_lm(), batch()
+    positions = label_positions(inputs)
+    recorder = make(model, "resid_post[1]")
+    with torch.no_grad(), isolated(model, positions, [0]), recorder.batch(ids=list(range(5))):
+        changed = model(**inputs, output_hidden_states=True).hidden_states[2]
+    plain = model(**inputs, output_hidden_states=True).hidden_states[2]
+    assert (changed - plain).abs().max() > 1e-2
+    assert np.array_equal(opened(recorder)["resid_post[1]"][0], changed[0].numpy())
+    refusing = make(model, "attention")
+    with pytest.raises(AttentionError, match="cannot be rebuilt"), isolated(model, positions), refusing.batch(ids=list(range(5))):
+        model(**inputs)
