@@ -147,9 +147,9 @@ def anchor_flow(
 def flow(saliency: Attention, prompt: Prompt, *, each: bool) -> Array:
     """S_wp, S_pq, S_ww of one prompt; float64 [3], of each head [head, 3]."""
     example, labels, _, target = prompt
-    until = slice(0, target + 1)
+    until = Part(queries=slice(0, target + 1))
     sums = np.zeros((1, len(FLOWS)))
-    for queries, tile in replace(saliency, part=Part(None, until, until)).tiles(example):
+    for queries, tile in replace(saliency, part=until).tiles(example):
         sums = sums + _sums(np.abs(tile if each else tile.sum(0, keepdims=True)), queries, labels, target)
     into, out_of = labels.sum(), len(labels)
     pairs = np.array([into, out_of, target * (target + 1) // 2 - into - out_of], float)
