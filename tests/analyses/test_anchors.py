@@ -436,30 +436,34 @@ def test_distances_refuse_scores_that_do_not_fit(recorded: Run, positions: Ancho
 # --- engines, errors, results -----------------------------------------------------------------------------------------------------
 
 
+def everything(run: Run, positions: AnchorPositions, executor: Executor | None) -> tuple[Result, ...]:
+    options: Any = {"executor": executor}
+    return (
+        anchor_flow(run, positions, **options),
+        anchor_auc(run, positions, [11, *[11, 12, 13] * 4], **options),
+        anchor_distances(run, positions, 1, **options),
+    )
+
+
 @pytest.mark.slow
 def test_every_engine_gives_the_same_bits(recorded: Run, positions: AnchorPositions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This thread, threads, processes and dask, in pieces of a few examples."""
-    from distributed import Client
-
+    """This thread, threads and processes, in pieces of a few examples."""
     monkeypatch.setattr(source, "_PAIRS", 600)
     assert len(source.Prompts(recorded.attention(0), positions, len).pieces()) > 3  # type: ignore[arg-type]
-
-    def everything(executor: Executor | None) -> tuple[Result, ...]:
-        options: Any = {"executor": executor}
-        return (
-            anchor_flow(recorded, positions, **options),
-            anchor_auc(recorded, positions, [11, *[11, 12, 13] * 4], **options),
-            anchor_distances(recorded, positions, 1, **options),
-        )
-
-    wanted = everything(None)
+    wanted = everything(recorded, positions, None)
     with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(1, get_context("spawn")) as processes:
-        assert everything(threads) == wanted
-        assert everything(processes) == wanted
-    with Client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as client:
-        assert everything(client.get_executor()) == wanted
+        assert everything(recorded, positions, threads) == wanted
+        assert everything(recorded, positions, processes) == wanted
     monkeypatch.setattr(source, "_PAIRS", 1 << 30)
-    assert everything(None) == wanted
+    assert everything(recorded, positions, None) == wanted
+
+
+@pytest.mark.slow
+def test_dask_gives_the_same_bits(recorded: Run, positions: AnchorPositions, monkeypatch: pytest.MonkeyPatch) -> None:
+    client: Any = pytest.importorskip("dask.distributed", exc_type=ImportError).Client
+    monkeypatch.setattr(source, "_PAIRS", 600)
+    with client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+        assert everything(recorded, positions, cluster.get_executor()) == everything(recorded, positions, None)
 
 
 def test_what_was_not_recorded_or_declared(recorded: Run, positions: AnchorPositions, tmp_path: Path) -> None:
