@@ -105,7 +105,8 @@ class AnchorPositions(Result):
         Raises:
             AnchorError: as many entries as the run has no examples.
         """
-        values = np.asarray(run[given].rows() if isinstance(given, str) else given)
+        kind = object if isinstance(given, (list, tuple)) else None  # names and ids may be mixed
+        values = np.asarray(run[given].rows() if isinstance(given, str) else given, kind)
         if len(values) != len(run):
             raise AnchorError(f"label words are given for {len(values)} examples, but the run has {len(run)}; give one for each")
         known: Mapping[Any, int] = {key: n for n, pair in enumerate(zip(self.labels, self.tokens, strict=True)) for key in pair}

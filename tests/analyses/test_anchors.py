@@ -96,7 +96,7 @@ def test_classes_by_appearance(tmp_path: Path) -> None:
     assert found.classify(run, ["green", "green", "blue", "red"]).tolist() == [0, -1, 0]
     assert found.classify(run, [0, 99, 13, 11]).tolist() == [-1, -1, 0]
     plain = anchor_positions(run, LABELS)
-    assert plain.classify(run, ["green", 11, "blue", "red"]).tolist() == [1, -1, 2]
+    assert plain.classify(run, ["green", 11, "blue", "red"]).tolist() == [1, 0, 2]
     assert plain.classify(run, [12, 11, 13, 11]).tolist() == [1, 0, 2]
     with pytest.raises(AnchorError, match="for 2 examples, but the run has 4"):
         found.classify(run, [11, 11])
