@@ -1,5 +1,9 @@
 """Runs into results; no model and no data set needed."""
 
+from .anchor_auc import AnchorAUC, anchor_auc
+from .anchor_distances import AnchorDistance, anchor_distances
+from .anchor_flow import AnchorFlow, anchor_flow
+from .anchor_positions import AnchorPositions, anchor_positions
 from .attention_map import AttentionMap, attention_map
 from .cavs import CAV, CAVs, ConceptScores
 from .concepts import fit_cavs
@@ -27,6 +31,10 @@ __all__ = [
     "TCAV",
     "Accumulator",
     "AnalysisError",
+    "AnchorAUC",
+    "AnchorDistance",
+    "AnchorFlow",
+    "AnchorPositions",
     "AttentionMap",
     "CAVs",
     "ConceptScores",
@@ -42,6 +50,10 @@ __all__ = [
     "Similarity",
     "TCAVScore",
     "TokenScores",
+    "anchor_auc",
+    "anchor_distances",
+    "anchor_flow",
+    "anchor_positions",
     "attention_map",
     "cka",
     "fit_cavs",

@@ -1,6 +1,7 @@
 """Errors of analyses.
 
 AnalysisError
+├── AnchorError (ValueError)    label words that were not found, or that do not fit what else was given
 ├── LabelError (ValueError)     labels that no analysis can be made of
 ├── SizeError (ValueError)      more components, rows or neighbours than there are
 ├── JoinError (ValueError)      two runs that do not hold the same rows of the same examples
@@ -12,6 +13,10 @@ AnalysisError
 
 class AnalysisError(Exception):
     """An analysis that the run does not allow."""
+
+
+class AnchorError(AnalysisError, ValueError):
+    """Label words that were not found where they should be, or that do not fit the sites, predictions or scores."""
 
 
 class LabelError(AnalysisError, ValueError):

@@ -214,3 +214,37 @@ def tcav(
     found = test(opened, vectors, target=target, examples=examples, sites=sites, assume=assume)  # type: ignore[arg-type]
     shown = concepts_command.written(found, csv, plot, out)
     echo(shown, lambda one: concepts_command.lines(one, concepts_command.TCAV_COLUMNS), as_json=as_json)
+
+
+@commands.command()
+def anchors(
+    run: RunPath,
+    label: Annotated[list[str], typer.Option(help="A label word (its first token counts), or a token id; once for each.")],
+    prefix: Annotated[str, typer.Option(help="What label words follow, as text or token ids with commas.")] = "",
+    query: Annotated[
+        str, typer.Option(help="The query's label comes after the last token (last), or after the last prefix.")
+    ] = "last",
+    by: Annotated[
+        str, typer.Option(help="Classes: label words (word), or the first, second, ... to appear (appearance).")
+    ] = "word",
+    target: Annotated[str, typer.Option(help="What was differentiated.")] = "loss",
+    predictions: Annotated[str | None, typer.Option(help="Column of predicted label words; adds AUCROC_l and R_l.")] = None,
+    flow: Annotated[bool, typer.Option("--flow/--no-flow", help="Flow of saliency, which needs attention.grad.")] = True,
+    sites: Annotated[list[str] | None, typer.Option(help="Which attention sites; all by default.")] = None,
+    csv: Csv = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how information flows into the label words of demonstrations, and from them into the prediction."""
+    from tensortape.stores import open_run
+
+    from . import anchors_command
+
+    found = anchors_command.find(
+        open_run(run), label, prefix=prefix, query=query, by=by, target=target, predictions=predictions, flow=flow, sites=sites
+    )
+    if csv is not None:
+        found.table.to_csv(csv, index=False)
+    if plot is not None:
+        found.draw(plot)
+    echo(found.to_json() if as_json else found, anchors_command.Anchors.lines, as_json=as_json)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
 from tensortape.stores import Run, RunWriter, layout, open_run
@@ -18,6 +16,7 @@ from tensortape.stores.writer import Mode
 
 from . import fitting
 from .corpus import corpus
+from .inference import inference
 from .modules import unwrapped
 from .provenance import vocabulary
 from .reading import LoaderReading, Reading, TextReading, read, twice
@@ -105,7 +104,7 @@ def record(
         items = _with_components(items, model, reading(first), settings)
     words = {"tokenizer": vocabulary(tokenizer)} if tokenizer is not None else {}
     recorder = Recorder(model, sites=items, to=to, mode=mode, durability=durability, fingerprint=words, **settings, **shared)
-    with recorder, _inference(unwrapped(model)):
+    with recorder, inference(unwrapped(model)):
         _check_targets(recorder, targets)
         if texts is not None:
             _keep_tokenizer(recorder, tokenizer)
@@ -121,7 +120,7 @@ def _with_components(items: fitting.Items, model: nn.Module, reading: Reading, s
     with TemporaryDirectory(prefix="tensortape-first-look-") as folder:
         path = Path(folder) / "run.zarr"
         recorder = Recorder(model, sites=fitting.whole(sites), to=path, durability="rename", **settings)
-        with recorder, _inference(unwrapped(model)):
+        with recorder, inference(unwrapped(model)):
             read(reading, model, recorder, {}, room=Room(recorder.writer, checked=False), progress=False, most=most)
         return fitting.fitted_on(open_run(path), items)
 
@@ -145,16 +144,3 @@ def _keep_tokenizer(recorder: Recorder, tokenizer: Any) -> None:
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 recorder.writer.add_asset(f"tokenizer.{path.name}", path.read_bytes())
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -31,6 +31,8 @@ def test_the_code_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     if page.name == "analyses.md":
         demo_runs.record_sources(tmp_path / "run.zarr", demo_runs.source_files(4, seed=0))
+    if page.name == "anchors.md":
+        monkeypatch.syspath_prepend(ROOT / "examples")
     if page.name == "object_storage.md":
         request.getfixturevalue("s3_environment")
     exec(compile(code_of(page), str(page), "exec"), {})

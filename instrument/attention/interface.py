@@ -1,8 +1,8 @@
 """Tier 1: transformers' attention interface.
 
 Every attention module of most transformers models asks `AttentionInterface.get_interface` for its function on every forward. One
-patch of that method, for as long as anyone observes, wraps what it returns; the wrapper looks the calling module up and touches
-neither configuration nor masks. Modules are told apart by identity, so copies of a model are not observed.
+patch of that method, for as long as anyone observes or edits, wraps what it returns; the wrapper looks the calling module up and
+touches neither configuration nor masks. Modules are told apart by identity, so copies of a model are not observed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,8 +21,10 @@ from .facts import Attended
 from .functions import handled
 from .masks import Mask, Readings, read
 
-Observer = Callable[[nn.Module, dict[str, Any]], None]
-_OBSERVERS: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, ...]] = weakref.WeakKeyDictionary()
+Observer = Callable[[nn.Module, dict[str, Any]], Any]  # what an observer of an `Edit` returns takes the place of the call's output
+_Observers = weakref.WeakKeyDictionary[nn.Module, tuple[Observer, ...]]
+_OBSERVERS: _Observers = weakref.WeakKeyDictionary()
+_EDITORS: _Observers = weakref.WeakKeyDictionary()
 
 
 class _Patch:
@@ -56,23 +58,31 @@ class _Patch:
 class Observation:
     """Has an observer called for every attention call of some modules, until removed."""
 
+    observers: ClassVar[_Observers] = _OBSERVERS
+
     def __init__(self, modules: Iterable[nn.Module], observer: Observer) -> None:
         self._modules = list(modules) if "transformers.modeling_utils" in sys.modules else []
         self._observer = observer
         if self._modules:
             _Patch.enter()
         for module in self._modules:
-            _OBSERVERS[module] = (*_OBSERVERS.get(module, ()), observer)
+            self.observers[module] = (*self.observers.get(module, ()), observer)
 
     def remove(self) -> None:
         """Stop observing."""
         for module in self._modules:
-            left = tuple(other for other in _OBSERVERS.pop(module, ()) if other is not self._observer)
+            left = tuple(other for other in self.observers.pop(module, ()) if other is not self._observer)
             if left:
-                _OBSERVERS[module] = left
+                self.observers[module] = left
         if self._modules:
             _Patch.leave()
         self._modules = []
+
+
+class Edit(Observation):
+    """Has an observer called that gives another output to every attention call of some modules, before others observe it."""
+
+    observers: ClassVar[_Observers] = _EDITORS
 
 
 def attended(call: dict[str, Any], readings: Readings) -> Attended | None:
@@ -104,12 +114,14 @@ def _get_interface(self: Any, attn_implementation: str, default: Callable[..., A
     function = _Patch.original(self, attn_implementation, default)
 
     def call(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **options: Any) -> Any:
-        observers = _OBSERVERS.get(module, ())
-        if not observers:
+        editors, observers = _EDITORS.get(module, ()), _OBSERVERS.get(module, ())
+        if not editors and not observers:
             return function(module, query, key, value, attention_mask, *args, **options)
         with handled():
             output = function(module, query, key, value, attention_mask, *args, **options)
         seen = {"module": module, "implementation": attn_implementation or "eager", "q": query, "k": key, "v": value}
+        for editor in editors:
+            output = editor(module, {**seen, "mask": attention_mask, "options": options, "out": output})
         for observer in observers:
             observer(module, {**seen, "mask": attention_mask, "options": options, "out": output})
         return output

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import ranks
+from several_ranks import ranks
 
 from tensortape.instrument import Recorder
 from tensortape.instrument.errors import SessionError
