@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from . import commits, projected, runs, strict_json, zarr_documents
 from .dtypes import Array
 from .errors import NotARunError, StoreError
 from .part_reader import ArrayReader, PartReader
-from .part_state import PartState, claimed_parts, list_path, read_list, read_part
+from .part_state import PartState, begun, claimed_parts, list_path, read_list, read_part
 from .parts import group_folders
 from .places import Place, place_at
 from .schema import ColumnSchema, Json
@@ -109,7 +110,7 @@ class _Checks:
     def root(self) -> str:
         """Check the run document; the run's uid, as far as anything tells it."""
         there = claimed_parts(self._place)
-        told = [found.run for found in runs.statements(self._place)]
+        told = [*self._told(there), *(found.run for found in runs.statements(self._place))]
         try:
             uid = runs.read_document(self._place, self._place.root).uid
             if not told or uid in told:
@@ -123,6 +124,12 @@ class _Checks:
             reason = str(error).removeprefix(f"{runs.ROOT}: ")
         self._add(runs.ROOT, reason)
         return next(iter(told), "")
+
+    def _told(self, parts: list[str]) -> Iterator[str]:
+        """The run that parts say they belong to."""
+        for name in parts:
+            with suppress(StoreError):
+                yield begun(self._place, name).document.run
 
     def groups_above(self) -> None:
         if self._content("parts/zarr.json") != zarr_documents.group():

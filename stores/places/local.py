@@ -86,8 +86,10 @@ class LocalPlace:
 
     def free(self) -> int:
         """Bytes that can still be written."""
-        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-        return shutil.disk_usage(there).free
+        for folder in (self.root, *self.root.parents):
+            with suppress(FileNotFoundError, NotADirectoryError):  # another writer may rename the root at any moment
+                return shutil.disk_usage(folder).free
+        raise FileNotFoundError(f"{self.root}: there is no folder above it")
 
     def view(self, path: str, *, expected: int, stays: bool) -> Loaded:
         """A memory map where the object stays as it is, else its bytes."""
@@ -98,14 +100,12 @@ class LocalPlace:
 
     def names(self, path: str) -> list[str]:
         """The names directly below a folder, sorted, without unfinished ones."""
-        folder = self._folder(path)
-        found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
+        found = _below(self._folder(path))
         return sorted(name for name in found if not name.endswith(PARTIAL))
 
     def unfinished(self, path: str) -> list[str]:
         """The names of unfinished objects directly below a folder, sorted."""
-        folder = self._folder(path)
-        found = (entry.name for entry in folder.iterdir()) if folder.is_dir() else iter(())
+        found = _below(self._folder(path))
         return sorted(name for name in found if _UNFINISHED.fullmatch(name))
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -156,6 +156,14 @@ class LocalPlace:
     def _note(self, folder: Path) -> None:
         if self._sync:
             self._unsettled.add(folder)
+
+
+def _below(folder: Path) -> list[str]:
+    """The names in a folder, which another writer may rename at any moment; none if there is no such folder."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _no_file(path: str) -> DamagedError:
