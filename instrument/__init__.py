@@ -2,8 +2,10 @@
 
 from .errors import InstrumentError
 from .pca import PCA
+from .probe_set import ProbeSet
 from .recorder import Recorder
 from .recording import record
+from .schedule import Schedule
 from .sites import Site
 
-__all__ = ["PCA", "InstrumentError", "Recorder", "Site", "record"]
+__all__ = ["PCA", "InstrumentError", "ProbeSet", "Recorder", "Schedule", "Site", "record"]

@@ -25,6 +25,7 @@ from .draws import Draws
 from .errors import BatchError, ForwardError
 from .gradients import added, split_scale
 from .labels import label_columns
+from .progress import Moment
 from .residuals import split_residual
 from .rows import Rows
 from .sites import Tap
@@ -50,7 +51,7 @@ class Given:
     @property
     def examples(self) -> int | None:
         """Number of ids; None where the tokens themselves are to be hashed."""
-        return None if isinstance(self.ids, str) else len(self.ids)
+        return None if isinstance(self.ids, str) or callable(self.ids) else len(self.ids)
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Batch:
     given: Given
     model: nn.Module
     pins: Pins
+    moment: Moment = field(default_factory=Moment)
     recorded: bool = True
     steps: list[Step] = field(default_factory=list)
     forwards: int = 0
@@ -83,6 +85,8 @@ class Batch:
     def started(self, arguments: Mapping[str, Any]) -> int:
         """A forward of the model begins; gives its input rows."""
         self.forwards += 1
+        if callable(self.given.ids):
+            self.given = replace(self.given, ids=checked_ids(self.given.ids()))
         if self.forwards > 1 and not (self.given.generates or continued(arguments)):
             return 0
         self.steps.append(Step())
@@ -284,6 +288,23 @@ class Batch:
                 f"the mask or tokens given are for {stream.rows} rows of {stream.width} positions, but what was captured has "
                 f"{other.rows} rows of {other.width}"
             )
+
+
+def checked_ids(ids: Any) -> Any:
+    """Ids as the writer takes them; "content", and a function that gives them once the forward begins, as they are."""
+    if callable(ids):
+        return ids
+    if ids is None:
+        raise BatchError("ids are missing: every example needs one, text or an integer; or ids='content' to hash its tokens")
+    if isinstance(ids, str):
+        if ids != "content":
+            raise BatchError(f"ids must be one per example, or 'content'; got {ids!r}")
+        return ids
+    found = keys.normalise(ids)
+    keys.check_unique(found)
+    if not found:
+        raise BatchError("a batch needs at least one example; got no ids")
+    return found
 
 
 def _bookkeeping(found: Step) -> dict[str, Array]:

@@ -5,32 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from torch import nn
 
-from tensortape.stores import RunWriter, cadence, keys, layout
+from tensortape.stores import RunWriter, cadence, layout
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
 from . import fitting
 from .anatomy import stacks
-from .batch import Batch, Given
-from .capture import Capture, Pins
-from .errors import BatchError, ForwardError
+from .batch import Batch, Given, checked_ids
+from .batch_writer import BatchWriter
+from .capture import Pins
+from .errors import ForwardError
+from .metrics import Log, Metrics
 from .modules import is_compiled, refuse_compiled, unwrapped
+from .parameters import ParameterTaps, is_of_parameters, resolve_parameters
+from .progress import Progress
 from .provenance import about
-from .rows import Rows, keep
+from .schedule import Every, schedule
 from .session import session_of
-from .sites import Selection, Tap, aliases_by_site, resolve
-from .steps import Key, Step
+from .sites import Selection, aliases_by_site, resolve
+from .step_rows import StepRows
+from .storing import OnError, Storing
 from .taps import TapSet
 from .targets import Reduction, Target
-
-_SAID = ("attention", "scaled", "sample", "projection")  # of what a capture is about, what the run keeps
 
 
 class Recorder:
@@ -53,6 +56,12 @@ class Recorder:
         model: any torch module; DDP, FSDP and torch.compile wrappers are looked through.
         sites: one pattern, `Site` or callable `(path, module) -> ports`, or a list of them; see `tensortape.stores.patterns`.
         to: the run's folder, or `s3://bucket/path`.
+        every: while a model trains, the steps to record: every Nth one, a `Schedule`, the steps themselves, or a function of a
+            step's number. Hooks are in place in those steps only, and `recorder.step()` says where a step ends. Left out, every
+            batch is recorded, outside of any training.
+        on_error: what a failing disk or store does: `raise` at the next batch or step, or `drop` what cannot be stored, log that
+            once, and let the training go on; `recorder.dropped` counts.
+        log: a function of (scalars by name, step) that is given statistics of what was recorded in each recorded step: a tracker's.
         mode: `create` refuses a path that exists; `resume` continues a run: it adds examples, and to examples the run has already
             the sites it has not, and seals what a recorder that is gone left open; `overwrite` renames an existing run aside.
         durability: `fsync` or `rename`, as for `RunWriter`.
@@ -75,6 +84,9 @@ class Recorder:
         *,
         sites: Selection,
         to: str | os.PathLike[str],
+        every: Every | None = None,
+        on_error: OnError = "raise",
+        log: Log | None = None,
         mode: Mode = "create",
         durability: Durability = "fsync",
         memory_budget: int = layout.DEFAULT_BUDGET,
@@ -88,15 +100,20 @@ class Recorder:
     ) -> None:
         refuse_compiled(model, recompile=recompile)
         self._model = unwrapped(model)
-        self._taps = resolve(self._model, fitting.resumed(fitting.items_of(sites), to) if mode == "resume" else sites)
+        items = fitting.items_of(sites)
+        activations = [item for item in items if not is_of_parameters(item)]
+        parameters = resolve_parameters(self._model, [item for item in items if is_of_parameters(item)])
+        activations = fitting.resumed(activations, to) if mode == "resume" else activations
+        self._taps = resolve(self._model, activations) if activations or not parameters else []
         fitting.refuse_unfitted(self._taps)
+        self._progress = Progress(None if every is None else schedule(every))
+        if parameters and every is None:
+            raise ValueError(f"{parameters[0].column} is a row per training step: give every=, and call recorder.step() after each")
         self._pins = Pins(aliases_by_site(self._model), stacks(self._model))
         self._stays = is_compiled(model)
         self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
-        self._expected: set[Key] | None = None
-        self._known: dict[str, Any] = {}
         self._batch: Batch | None = None
-        self._resumes = mode == "resume"
+        self._scale = 1.0
         said = about(self._model)
         found = session_of(os.fspath(to), session)
         self.writer = RunWriter(
@@ -113,6 +130,32 @@ class Recorder:
             commit_bytes=commit_bytes,
             storage_options=storage_options,
         )
+        self._batches = BatchWriter(self.writer, self._taps, self._pins, resumes=mode == "resume")
+        self._storing = Storing(on_error)
+        self._metrics = Metrics(log)
+        self._steps = StepRows(self.writer)
+        self._parameters = ParameterTaps(parameters, lambda: self._scale)
+        self._open_step()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, without DDP, FSDP or torch.compile around it."""
+        return self._model
+
+    @property
+    def dropped(self) -> int:
+        """Batches and steps that could not be stored, with `on_error="drop"`."""
+        return self._storing.dropped
+
+    @property
+    def steps(self) -> int:
+        """Training steps that are done."""
+        return self._progress.done
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the training step under way is recorded; a probe set is due when it has just begun."""
+        return self._progress.is_due
 
     @property
     def has_gradients(self) -> bool:
@@ -138,11 +181,15 @@ class Recorder:
         forwards: Literal["one", "generate"] = "one",
         ends: int | Sequence[int] | None = None,
         targets: Iterable[str] = (),
+        phase: str | None = None,
     ) -> Iterator[Batch]:
         """Record the one forward of the model that runs inside, and its backward: all of its examples in every column, or none.
 
+        In a training step that is not due, nothing is recorded and no hook is in place.
+
         Args:
-            ids: text or integers, one per example and new to the run, or "content" to use a hash of each example's tokens.
+            ids: text or integers, one per example and new to the run (in a training, to the step); "content" to use a hash of each
+                example's tokens; or a function that gives the ids when the forward begins.
             labels: `example/<name>` to one value per example, `token/<name>` to values [B, T] or one sequence per example.
             tokens: [B, T] input ids, where the call does not show them as `input_ids`.
             mask: [B, T], 1 where a position is a real token, where the call has no 2-D `attention_mask`.
@@ -152,6 +199,8 @@ class Recorder:
             targets: names of everything that is differentiated inside. A resumed run needs them to tell that it has all gradients
                 of a site that names no target itself; without them such batches are run again, and what is there is not written.
             ends: the tokens that end an example, where `generate` is given other ones than the model's generation_config names.
+            phase: part of the examples' keys, for loops that give one model several batches of the same examples in a step (a GAN's
+                two losses); `train` in a training, else `record`.
 
         Raises:
             BatchError, LayoutError, ForwardError, SiteNotFoundError, KeyRepeatedError: after the block, and nothing of the batch is
@@ -159,16 +208,24 @@ class Recorder:
         """
         if forwards not in ("one", "generate"):
             raise ValueError(f"forwards is 'one' or 'generate', not {forwards!r}")
-        given = Given(_checked(ids), labels or {}, tokens, mask, segments, forwards == "generate", ends)
-        batch = Batch(given, self._model, self._pins, recorded=not self._has_all(given, set(targets)))
+        moment = self._progress.moment(phase)
+        given = Given(ids, labels or {}, tokens, mask, segments, forwards == "generate", ends)
+        batch = Batch(given, self._model, self._pins, moment=moment, recorded=False)
+        if moment.is_due and not self._storing.has_ended:
+            batch.given = replace(given, ids=checked_ids(ids))
+            batch.recorded = not self._batches.has_all(batch, set(targets))
         self._batch = batch
         try:
             with self._taking(batch):
                 yield batch
+        except BaseException:
+            self._parameters.forget()
+            raise
         finally:
             self._batch = None
         if batch.recorded:
-            self._write(batch)
+            with self._storing:
+                self._batches.write(batch, self._metrics)
 
     @contextmanager
     def target(self, name: str, *, reduction: Reduction | None = None, factor: Any = 1.0, scaler: Any = None) -> Iterator[None]:
@@ -184,22 +241,81 @@ class Recorder:
         """
         if self._batch is None:
             raise ForwardError("recorder.target(...) brackets a backward inside `with recorder.batch(...)`")
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        before = self._batch.target
+        scale = 1.0 if scaler is None or not self._batch.moment.is_due else float(scaler.get_scale())  # asking makes a GPU wait
+        before, self._scale = (self._batch.target, self._scale), scale
         self._batch.target = Target(name, reduction, torch.as_tensor(factor, dtype=torch.float64) / scale)
         try:
             yield
         finally:
-            self._batch.target = before
+            self._batch.target, self._scale = before
+
+    def step(self, *, loss: Any = None, lr: float | None = None, **values: Any) -> None:
+        """A training step is done: its row of the step table, and parameters if it was recorded.
+
+        Call it after `optimizer.step()` and before `zero_grad()`, once per step: several batches before it are one step with
+        accumulated gradients.
+
+        Args:
+            loss, lr, values: what to say of the step, recorded or not: numbers, text, or tensors of one shape.
+        """
+        if not self._progress.counts:
+            raise ValueError("recorder.step() counts training steps: give the Recorder every=, such as every=1 for all of them")
+        given = {"loss": _number(loss), "lr": _number(lr), **values}
+        row = {name: value for name, value in given.items() if value is not None}
+        number = self._progress.done + 1
+        row.update(self._parameters.end())
+        self._progress.go_to(number)
+        if row and not self._storing.has_ended:
+            with self._storing:
+                self._steps.add(number, row)
+        self._metrics.send(number, self.writer)
+        self._open_step()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The step under way is the first of an epoch, of this number from 0; for schedules that name epochs."""
+        self._progress.begin_epoch(epoch)
+        self._open_step()
+
+    @contextmanager
+    def evaluating(self, phase: str) -> Iterator[None]:
+        """Record every batch inside with the weights as they are now: of this phase, at the step that is done. No gradients."""
+        with self._progress.evaluating(phase):
+            yield
+        self._metrics.send(max(self._progress.done, 0), self.writer)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training is, for a checkpoint; commits, so that the run holds every step that the checkpoint has behind it."""
+        self.commit()
+        return {"step": self._progress.done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint: what the run holds of later steps counts no more, once this recorder has committed something.
+
+        Raises:
+            BrokenWriterError: something was recorded already; load the checkpoint before the first step.
+        """
+        self._parameters.forget()
+        self.writer.rewind(state["step"] + 1)
+        self._progress.go_to(state["step"])
+        self._open_step()
 
     def commit(self) -> None:
         """Make everything recorded so far visible and durable."""
-        self.writer.commit()
+        if not self._storing.has_ended:
+            with self._storing:
+                self._steps.flush()
+                self.writer.commit()
 
     def close(self) -> None:
         """Commit, remove all hooks, close the run."""
         self._tap_set.remove()
-        self.writer.close()
+        self._parameters.forget()
+        with self._storing:
+            if not self._storing.has_ended:
+                self._steps.flush()
+        with self._storing:
+            self.writer.close()
+        self._storing.say()
 
     def __enter__(self) -> Self:
         return self
@@ -209,6 +325,11 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"<Recorder of {len(self._taps)} taps on {type(self._model).__name__} to {self.writer!r}>"
+
+    def _open_step(self) -> None:
+        """A step begins; what is to be known of its parameters is listened to from now on."""
+        if self._progress.counts and self._progress.is_due:
+            self._parameters.begin()
 
     @contextmanager
     def _taking(self, batch: Batch) -> Iterator[None]:
@@ -229,86 +350,7 @@ class Recorder:
         with self._tap_set:
             yield
 
-    def _has_all(self, given: Given, targets: set[str]) -> bool:
-        """Whether a resumed run holds every example of a batch already."""
-        if not self._resumes or given.examples is None:
-            return False
-        recorded = [self._recorded_of(tap, targets) for tap in self._taps]
-        wanted = set(given.labels).union(*recorded)
-        return all(recorded) and not any(self.writer.missing(wanted, id_) for id_ in keys.normalise(given.ids))
 
-    def _recorded_of(self, tap: Tap, targets: set[str]) -> set[str]:
-        """The columns a resumed run has of a tap; none where some may be missing."""
-        sites = {name: column.site for name, column in self.writer.columns.items() if column.site is not None}
-        found = {name: site["port"] for name, site in sites.items() if site.get("tap") == tap.asked}
-        if tap.site.is_gradient and tap.site.target is None:
-            held = {port.partition("@")[2] for port in found.values()}
-            return set(found) if targets and targets <= held else set()
-        return set(found)
-
-    def _write(self, batch: Batch) -> None:
-        found = batch.whole()
-        batch.check(found, self._taps, self._expected)
-        self._pins.check_targets(found.captures.values())
-        rows = batch.rows(found, self._known)
-        if self._expected is None:
-            self._learn(found, rows)
-        expected = self._expected or set(found.captures)
-        found.captures.clear()
-        batch.forget()
-        for new in self._new_only(rows):
-            self.writer.drain(ids=new.ids, columns=new.columns, lengths=new.lengths, nonfinite=new.nonfinite)
-        self._expected = expected
-
-    def _new_only(self, rows: Rows) -> list[Rows]:
-        """What a resumed run does not have yet, together for examples that miss the same columns."""
-        if not self._resumes:
-            return [rows]
-        missing = [self.writer.missing(rows.columns, id_) for id_ in rows.ids]
-        return [
-            keep(rows, np.array([other == columns for other in missing]), columns) for columns in dict.fromkeys(missing) if columns
-        ]
-
-    def _learn(self, found: Step, rows: Rows) -> None:
-        """After the first batch: say what each column is, and remember what an absent one looks like."""
-        for taken in found.captures.values():
-            options = taken.tap.options
-            smaller: dict[str, Any] = {} if taken.is_companion else {"compress": options.compress, "quantize": options.quantize}
-            self.writer.describe(taken.column, site=self._described(taken), **smaller)
-            if "projection" in taken.about and options.project is not None:
-                basis = options.project.basis(str(taken.site))
-                self.writer.add_asset(basis.asset, basis.content)
-            if options.missing == "absent":
-                self._known[taken.column] = rows.columns[taken.column][:0]
-
-    def _described(self, taken: Capture) -> dict[str, Any]:
-        site = taken.site
-        aliases = self._pins.aliases_of(site, cross=bool(taken.about.get("cross")))
-        said: dict[str, Any] = {
-            name: taken.about[name] for name in ("attention", "scaled", "sample", "projection") if name in taken.about
-        }
-        return {
-            "path": site.path,
-            "port": site.port,
-            "call": site.call,
-            "aliases": [[alias.stack, alias.name, alias.layer, alias.depth] for alias in aliases],
-            "layout": str(taken.layout),
-            "reduce": taken.suffix,
-            "tap": taken.tap.asked,
-            "target": taken.about.get("target"),
-            **said,
-        }
-
-
-def _checked(ids: Any) -> Any:
-    if ids is None:
-        raise BatchError("ids are missing: every example needs one, text or an integer; or ids='content' to hash its tokens")
-    if isinstance(ids, str):
-        if ids != "content":
-            raise BatchError(f"ids must be one per example, or 'content'; got {ids!r}")
-        return ids
-    found = keys.normalise(ids)
-    keys.check_unique(found)
-    if not found:
-        raise BatchError("a batch needs at least one example; got no ids")
-    return found
+def _number(value: Any) -> Any:
+    """A loss or a learning rate, in float64 however the loop came by it."""
+    return float(value) if isinstance(value, int) else value

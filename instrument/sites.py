@@ -16,7 +16,7 @@ from tensortape.stores import codecs, quantize
 from tensortape.stores.errors import SchemaError
 from tensortape.stores.patterns import FACT_PORTS, Alias, Pattern, SiteName, parse_site
 
-from . import layouts
+from . import layouts, parameter_reductions
 from .anatomy import aliased_sites, stacks
 from .errors import SiteNotFoundError
 from .layouts import Layout
@@ -25,7 +25,7 @@ from .pca import PCA
 from .reduce import REDUCTIONS
 from .sampling import Sample
 
-Reduction = Literal["mean", "max", "first", "last", "entropy", "received", "flow"]
+Reduction = Literal["mean", "max", "first", "last", "entropy", "received", "flow", "norm", "row_norm", "cosine", "random"]
 OF_WEIGHTS = ("entropy", "received", "flow")
 
 
@@ -56,6 +56,12 @@ class Site:
             T > d (H + Hkv) / H).
         queries, keys: of `weights`, only these tokens of each example (-1 is the last): rows per key, or per query.
         segments: of `flow`, how many segments the label `token/segment` tells apart.
+        width: of `reduce="random"`, how many numbers.
+        gather: of a parameter that is sharded over ranks, bring all of it together on each (all ranks must record); else each rank
+            records the norm of its share.
+
+    Of parameters (`param.<name>.grad`, `.clipped`, `.update`, `.value`), `reduce` is `norm`, `row_norm` (of each row, over all axes
+    but the first), `cosine` (with the one recorded before) or `random` (a random projection that keeps inner products on average).
     """
 
     pattern: str
@@ -73,12 +79,14 @@ class Site:
     compress: str | None = None
     quantize: str | None = None
     project: PCA | None = None
+    width: int = 256
+    gather: bool = False
 
     def __post_init__(self) -> None:
         self.pinned_layout, self.sample  # noqa: B018 - refuse an unknown layout, and no share, where they are written
         codecs.check(self.compress)
         quantize.check(self.quantize)
-        known = OF_WEIGHTS if self._is_of_weights else REDUCTIONS
+        known = parameter_reductions.KINDS if self._is_of_parameters else OF_WEIGHTS if self._is_of_weights else REDUCTIONS
         if self.reduce is not None and self.reduce not in known:
             raise ValueError(f"reduce is one of {', '.join(known)} at {self.pattern!r}, not {self.reduce!r}")
         if self.store not in ("qk", "weights", "auto"):
@@ -86,6 +94,7 @@ class Site:
         if (self.queries is not None or self.keys is not None) and not self._is_of_weights:
             raise ValueError(f"queries= and keys= choose among weights; {self.pattern!r} is something else")
         self._check_rows()
+        self._check_parameters()
         if self.missing == "absent" and self.dtype == "float16" and self._is_of_gradient:
             raise ValueError(
                 "gradients in float16 have a scale per example, which missing='absent' leaves no place for; use bfloat16"
@@ -108,6 +117,27 @@ class Site:
             )
         if self.project is not None and (not whole or self._is_of_gradient):
             raise ValueError("project= is for a module's input or output, and goes without reduce= and positions=")
+
+    def _check_parameters(self) -> None:
+        """ValueError for options that parameters have and activations have not, or the reverse."""
+        others = {name for name, value in vars(self).items() if value != getattr(Site, name, None)} - {"pattern", "reduce", "dtype"}
+        own = {"width", "gather", "sample_seed"}
+        if self._is_of_parameters and others - own:
+            raise ValueError(f"{', '.join(sorted(others - own))}= are for activations; {self.pattern!r} selects parameters")
+        if not self._is_of_parameters and others & (own - {"sample_seed"}):
+            raise ValueError(f"width= and gather= are for parameters (param.<name>.grad); {self.pattern!r} is something else")
+        if self.width < 1:
+            raise ValueError(f"width= is how many numbers a random projection has, not {self.width!r}")
+
+    @property
+    def suffix(self) -> str:
+        """Of a parameter, what its column's name ends in."""
+        width = f"{self.width}.seed{self.sample_seed}" if self.reduce == parameter_reductions.RANDOM else ""
+        return f"|{self.reduce}{width}" if self.reduce else ""
+
+    @property
+    def _is_of_parameters(self) -> bool:
+        return self.pattern.startswith("param.")
 
     @property
     def sample(self) -> Sample | None:
@@ -319,5 +349,9 @@ def _agree(one: Tap, other: Tap) -> None:
 def _nothing(pattern: str, names: dict[str, str], aliased: list[tuple[Alias, SiteName]]) -> str:
     known = [path for path in names if path]
     known += sorted({alias.name if alias.layer is None else f"{alias.name}[{alias.layer}]" for alias, _ in aliased})
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.0)
-    return f"site {pattern!r} matches nothing in the model; the closest names are {', '.join(map(repr, near))}"
+    return f"site {pattern!r} matches nothing in the model; the closest names are {', '.join(map(repr, nearest(pattern, known)))}"
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The three names that are most like what was asked for."""
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.0)

@@ -284,6 +284,22 @@ def anchored(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+def on_gradient(parameter: nn.Parameter, hook: Callable[[], None]) -> RemovableHandle:
+    """Hear of it whenever a gradient was added to a parameter's `.grad`."""
+    accumulate: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
+    return accumulate(lambda _: hook())
+
+
+def on_call(module: nn.Module, hook: Callable[[dict[str, Any]], None]) -> RemovableHandle:
+    """See, and change, the keyword arguments of every call of a module before anything else does."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hook(kwargs)
+        return args, kwargs
+
+    return module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+
+
 def _in_backward() -> bool:
     """Whether autograd is running: a forward then is a checkpoint's recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -21,6 +21,7 @@ class Written:
 
     columns: frozenset[str]
     digests: list[bytes]
+    phase: str = keys.PHASE
 
 
 class Admission:
@@ -31,7 +32,7 @@ class Admission:
         self._held = before.held
         self._id_kind = before.id_kind
         self._lengths: Lengths | None = None
-        self._new_columns: frozenset[str] | None = None  # of every append with an example that the run did not have
+        self._new_columns: dict[str, frozenset[str]] = {}  # by phase, of every append with an example that the run did not have
         self._pending: dict[bytes, frozenset[str]] = {}  # columns of the examples that are not committed
         self.committed: deque[Written] = deque()  # filled by whoever commits, in whatever thread
 
@@ -40,7 +41,8 @@ class Admission:
         """What is committed."""
         while self.committed:
             written = self.committed.popleft()
-            self._held.add(written.columns, written.digests)
+            if written.digests:
+                self._held.add(written.columns, written.digests)
             for digest in written.digests:
                 self._pending.pop(digest, None)
         return self._held
@@ -68,13 +70,13 @@ class Admission:
             known = digest in self._pending or self.held.has(digest)
             if known and (not wanted or self.columns_of(digest) & wanted):
                 raise KeyRepeatedError(f"example {id_!r} (phase {phase!r}, step {step}) is already in the run")
-        return Written(wanted, digests)
+        return Written(wanted, digests, phase)
 
     def check(self, run: str, ids: keys.Ids, written: Written, lengths: Mapping[str, Array]) -> None:
-        """Examples that are new need the columns of every new one; those the run has need as many rows as they have."""
-        new = self._columns_if_new(written)
-        if new and self._new_columns and new != self._new_columns:
-            missing, added = sorted(self._new_columns - new), sorted(new - self._new_columns)
+        """Examples that are new need the columns of every new one of their phase; those the run has, as many rows as they have."""
+        new, first = self._columns_if_new(written), self._new_columns.get(written.phase)
+        if new and first and new != first:
+            missing, added = sorted(first - new), sorted(new - first)
             raise SchemaError(f"every append needs the same columns as the first; missing: {missing}, new: {added}")
         known = np.flatnonzero([self.held.has(digest) for digest in written.digests])
         if len(known):
@@ -85,7 +87,9 @@ class Admission:
     def take(self, ids: keys.Ids, written: Written) -> None:
         """Remember an append that was admitted and checked."""
         self._id_kind = keys.kind_of(ids)
-        self._new_columns = self._new_columns or self._columns_if_new(written)
+        new = self._columns_if_new(written)
+        if new:
+            self._new_columns.setdefault(written.phase, new)
         self._pending.update(dict.fromkeys(written.digests, written.columns))
 
     def _check_lengths(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import dtypes
+from . import dtypes, names
 from .dtypes import TEXT, Array
 from .errors import MissingExampleError, SchemaError, UnknownColumnError
 from .index import Index, Places
@@ -113,7 +113,8 @@ class Column:
     @property
     def identity(self) -> str:
         """What tells these values from all others under the same name: the last records of the parts that hold them."""
-        last = "".join(f"{part.state.name} {part.state.last} " for part in self._holders)
+        states = [part.state for part in self._holders]
+        last = "".join(f"{part.name} {part.last} {'' if part.hidden_from is None else part.hidden_from} " for part in states)
         return hashlib.sha256(last.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class Column:
             return [self[number] for number in range(*example.indices(len(self._places.part)))]
         part, start, length = self._place(example)
         rows = self._slice(part, start, start + length)
-        return rows[0] if self._schema.table == "example" else rows
+        return rows if names.is_ragged(self._schema.table) else rows[0]
 
     def within(self, example: int, first: int, last: int) -> Array:
         """Rows [first, last) of an example, without reading the rest of it."""
@@ -296,12 +297,12 @@ class Table(Mapping[str, Column]):
     @property
     def rows(self) -> int:
         """Rows of all examples."""
-        return len(self._index) if self.name == "example" else int(np.maximum(self.lengths, 0).sum())
+        return int(np.maximum(self.lengths, 0).sum())
 
     @property
     def lengths(self) -> Array:
         """Rows of each example of the run, -1 for one that has none recorded; int64."""
-        return np.ones(len(self._index), np.int64) if self.name == "example" else self._index.lengths(self.name)
+        return self._index.lengths(self.name) if names.is_ragged(self.name) else np.ones(len(self._index), np.int64)
 
     def to_pandas(self) -> pd.DataFrame:
         """The columns of one value per row, on all rows of the table; `example` numbers the example a row belongs to."""
@@ -310,7 +311,7 @@ class Table(Mapping[str, Column]):
         small = {name: column for name, column in self._columns.items() if not column.shape[1:] and _shown(name, column)}
         owner = np.repeat(np.arange(len(self._index)), np.maximum(self.lengths, 0))
         frame = pd.DataFrame({name: _filled(column, self) for name, column in small.items()})
-        if self.name != "example":
+        if names.is_ragged(self.name):
             frame.insert(0, "example", owner, allow_duplicates=True)
         return frame
 

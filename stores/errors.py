@@ -10,6 +10,7 @@ StoreError
 ├── BrokenWriterError (RuntimeError)      an earlier failure left this writer unusable
 ├── UnsafePlaceError (RuntimeError)       the place cannot keep two writers apart
 ├── ForkedError (RuntimeError)            object storage in a process that was forked
+├── RunEndedError (RuntimeError)          a run that was followed ended before what was waited for
 ├── BudgetError (MemoryError)             the memory budget cannot hold one chunk per column
 ├── DiskShortError (OSError)              the disk has no room for what is to be written
 ├── SchemaError (ValueError)              what was given does not fit the run
@@ -95,3 +96,7 @@ class MissingExampleError(StoreError, KeyError):
     """The column has no value for that example."""
 
     __str__ = Exception.__str__
+
+
+class RunEndedError(StoreError, RuntimeError):
+    """A run that was followed has ended before what was waited for."""

@@ -65,7 +65,8 @@ def _is_packed(values: Any, rows: int) -> bool:
 def _spans(parts: list[PartState], index: Index) -> list[tuple[str, int, int]]:
     """Which parts' examples, in order, an extension over all examples lines up with; none where the order is not simply that."""
     own = [part for part in parts if not part.aligned]
-    if sum(part.examples for part in own) != len(index) or any(part.withdrawn for part in parts):
+    fewer = any(part.withdrawn or part.hidden_from is not None for part in parts)
+    if fewer or sum(part.examples for part in own) != len(index):
         return []
     return [(part.name, 0, part.examples) for part in own]
 

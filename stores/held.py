@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from .dtypes import Array
 from .index import Index
 from .keys import KeySet
 from .part_reader import PartReader
-from .part_state import read_parts
+from .part_state import hide_from, read_parts
 from .places import Place
 from .schema import ColumnSchema
 from .shard_cache import ShardCache
@@ -49,21 +49,33 @@ class Held:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a run held when it was opened for writing: keys, the kind of its ids, the schemas of its columns."""
+    """What a run held when it was opened for writing: keys, the kind of its ids, the schemas of its columns.
 
-    held: Held
-    id_kind: str | None
-    columns: dict[str, ColumnSchema]
+    `steps` is the last training step that each rank has a value of, by column of the step table.
+    """
+
+    held: Held = field(default_factory=Held)
+    id_kind: str | None = None
+    columns: dict[str, ColumnSchema] = field(default_factory=dict)
+    steps: dict[int, dict[str, int]] = field(default_factory=dict)
 
 
-def holdings(place: Place, run: str) -> Holdings:
-    """Everything committed so far, by all parts."""
-    held, columns = Held(), dict[str, ColumnSchema]()
-    cache = ShardCache(place, run, verify=True)
+def holdings(place: Place, run: str, session: str = "", from_step: int | None = None) -> Holdings:
+    """Everything committed so far, by all parts, but for what this session supersedes of others."""
+    held, columns, steps = Held(), dict[str, ColumnSchema](), dict[int, dict[str, int]]()
+    cache, kind = ShardCache(place, run, verify=True), None
     for part in read_parts(place, run):
+        if from_step is not None and part.document.session != session:
+            hide_from(part, [from_step])
         columns.update(part.columns)
-        held.add(part.columns, map(keys.digest, *PartReader(part, cache).keys()))
-    return Holdings(held, columns["example/id"].dtype if columns else None, columns)
+        reader = PartReader(part, cache)
+        if part.key_table == "step":
+            last = steps.setdefault(part.document.rank, {})
+            last.update({name: max([last.get(name, 0), *reader.keys()[2]]) for name in part.columns})
+        else:
+            held.add(part.columns, map(keys.digest, *reader.keys()))
+            kind = reader.id_kind
+    return Holdings(held, kind, columns, steps)
 
 
 class Lengths:
@@ -71,7 +83,7 @@ class Lengths:
 
     def __init__(self, place: Place, run: str) -> None:
         cache = ShardCache(place, run, verify=True)
-        self._index = Index([PartReader(part, cache) for part in read_parts(place, run)])
+        self._index = Index([PartReader(part, cache) for part in read_parts(place, run) if part.key_table == "example"])
         every = zip(*(column.tolist() for column in self._index.keys), strict=True)
         self._numbers = {keys.digest(*key): number for number, key in enumerate(every)}
         self._lengths: dict[str, Array] = {}

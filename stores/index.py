@@ -1,4 +1,4 @@
-"""The join of parts: which example is which, and where its rows of a column lie."""
+"""The join of parts: which example (or training step) is which, and where its rows of a column lie."""
 
 from __future__ import annotations
 
@@ -102,17 +102,18 @@ class Index:
 
     @cached_property
     def _own(self) -> list[PartReader]:
-        """Parts whose keys are looked up; where a repair has given up examples, those that line up with others do so no more."""
+        """Parts whose keys are looked up; where examples are given up or superseded, those that line up with others do not."""
         there = {part.state.name: part.state.examples for part in self._parts}
         spans = [span for part in self._parts for span in part.state.aligned]
-        lost = any(part.state.withdrawn for part in self._parts) or any(there.get(name, 0) < a + n for name, a, n in spans)
+        fewer = any(part.state.withdrawn or part.state.hidden_from is not None for part in self._parts)
+        lost = fewer or any(there.get(name, 0) < a + n for name, a, n in spans)
         return [part for part in self._parts if lost or not part.state.aligned]
 
     @cached_property
     def _all_keys(self) -> tuple[Array, Array, Array]:
         columns = zip(*(part.keys() for part in self._own), strict=True)
         ids, phases, steps = ([value for part in column for value in part] for column in columns) if self._own else ([], [], [])
-        if len({part.state.columns["example/id"].dtype for part in self._own}) > 1:
+        if len({part.id_kind for part in self._own}) > 1:
             raise DamagedError("the ids of some parts are text and those of others are numbers: they are of different runs")
         kind = object if ids and isinstance(ids[0], str) else np.int64
         return np.array(ids, kind), np.array(phases, object), np.array(steps, np.int64)

@@ -11,12 +11,15 @@ from . import codecs, dtypes
 from .commits import ShardRecord
 from .dtypes import Array
 from .errors import DamagedError
+from .names import KEY_TABLES
 from .part_reader import ArrayReader, PartReader
 from .part_state import PartState
 from .places import Place
 from .schema import ArraySchema
 from .shard_cache import ShardCache
 from .shards import Shard, encode
+
+_NAMING = ("example/id", "step/step")  # the columns that tell users which row it is
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def wounds(place: Place, part: PartState) -> list[Wound]:
 
     What tells which examples are concerned comes first: ids, then the example table, and the ends of texts before their bytes.
     """
-    columns = sorted(part.columns.values(), key=lambda column: (column.name != "example/id", column.table != "example"))
+    columns = sorted(part.columns.values(), key=lambda column: (column.name not in _NAMING, column.table not in KEY_TABLES))
     arrays = [role for column in columns for role in sorted(column.arrays.values(), key=lambda role: role.name)]
     reader = PartReader(part, ShardCache(place, part.document.run, verify=True))
     return [wound for array in arrays for wound in _wounds(place, reader.array(array), array)]
@@ -63,7 +66,7 @@ class Mending:
             start, stop = array.geometry.rows_of(chunk, last - first)
             examples = reader.examples_of(wound.array.path, first + start, first + stop).tolist()
             self.withdrawn.update(examples)
-            self.nameless.update(examples if f"{wound.array.path}/".startswith("example/id/") else ())
+            self.nameless.update(examples if f"{wound.array.path}/".startswith(tuple(f"{name}/" for name in _NAMING)) else ())
         rows = _salvaged_rows(shard, array, last - first, wound.chunks)
         encoded = encode(rows, array.geometry, dtypes.fill_value(wound.array.dtype))
         self._keep(wound.path)

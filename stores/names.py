@@ -18,7 +18,11 @@ _KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_.-")
 _ESCAPED = re.compile(rb"~([0-9a-f]{2})")
 _RESERVED = re.compile(r"(zarr\.json|c|c[./].*|\..*|__.*|(con|prn|aux|nul|com\d|lpt\d)(\..*)?)")
 _ON_DISK = re.compile(r"(?!\.)[a-z0-9_.~-]{1,250}")
+KEY_TABLES = ("example", "step")  # a part has either one: its rows have keys, and every other table's rows belong to one of them
 _TABLE = re.compile(r"example|step|(token|pair)(\..+)?")
+
+
+_KEYS = ("example/id", "example/phase", "example/step", "step/step")
 
 
 @lru_cache(maxsize=1 << 14)
@@ -66,7 +70,7 @@ def check_text(text: str, what: str) -> None:
 
 def is_bookkeeping(name: str) -> bool:
     """Whether the run itself writes this column, into every part: keys, and where an example's rows lie."""
-    return name in ("example/id", "example/phase", "example/step") or name.startswith(("example/start.", "example/length."))
+    return name in _KEYS or name.startswith(("example/start.", "example/length."))
 
 
 def refuse_bookkeeping(name: str) -> None:

@@ -83,6 +83,10 @@ class OpenParts:
         for part in self._open():
             part.commit(kind, assets=assets)
 
+    def know(self, columns: Mapping[str, ColumnSchema]) -> None:
+        """Take these for the columns the run has from before."""
+        self._known = columns
+
     def forget(self) -> None:
         """Let all parts go, with what they hold."""
         self._parts = {}

@@ -15,7 +15,10 @@ from .schema import ColumnSchema, Json
 if TYPE_CHECKING:
     from .part_state import PartState
 
-_KEYS = {"example/id": (dtypes.TEXT, "int64"), "example/phase": (dtypes.TEXT,), "example/step": ("int64",)}
+_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "example": {"example/id": (dtypes.TEXT, "int64"), "example/phase": (dtypes.TEXT,), "example/step": ("int64",)},
+    "step": {"step/step": ("int64",)},
+}
 _SITE = {
     **dict.fromkeys(("path", "port"), checked.TEXT),
     "call": checked.COUNT,
@@ -38,7 +41,8 @@ def check_part(part: PartState) -> None:
             _check_rows(part, column)
             if column.site:
                 _check_site(column, column.site)
-        for name, kinds in _KEYS.items():
+        _check_tables(part)
+        for name, kinds in _KEYS[part.key_table].items():
             _check_key(part, name, kinds)
         for table in filter(names.is_ragged, {*part.rows, *(column.table for column in part.columns.values())}):
             for kind in ("start", "length"):
@@ -76,6 +80,13 @@ def _check_names(part: PartState) -> None:
         raise checked.unexpected("the path of a copy", wrong[0], "that of the run's or the part's document")
     if wrong := [name for name in part.assets if not names.is_on_disk(name)]:
         raise checked.unexpected("the name of an asset", wrong[0], "a name on disk")
+
+
+def _check_tables(part: PartState) -> None:
+    """A part holds training steps, or examples and what belongs to them."""
+    for name, column in part.columns.items():
+        if (column.table == "step") != (part.key_table == "step"):
+            raise DamagedError(f"column {name!r} stands in a part that holds rows of table {part.key_table!r}")
 
 
 def _check_rows(part: PartState, column: ColumnSchema) -> None:

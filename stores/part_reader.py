@@ -15,6 +15,7 @@ from .compressed_shards import RecentChunks
 from .dtypes import TEXT, Array
 from .errors import DamagedError
 from .geometry import Geometry
+from .names import is_ragged
 from .part_checks import check_bounds, check_shards
 from .part_state import ArrayState, PartState
 from .parts import shard_path
@@ -211,18 +212,33 @@ class PartReader:
 
     @cached_property
     def kept(self) -> Array:
-        """Numbers of the part's examples that no repair has withdrawn; int64."""
-        self.array(self.state.columns["example/step"].arrays["values"]).check_there(0, self.state.examples)
+        """Numbers of the part's examples (or training steps) that no repair has withdrawn and no rewinding superseded; int64."""
+        steps = self.state.columns[f"{self.state.key_table}/step"]
+        self.array(steps.arrays["values"]).check_there(0, self.state.examples)
         kept = np.ones(self.state.examples, bool)
         for first, count in self.state.withdrawn:
             kept[first : first + count] = False
+        if self.state.hidden_from is not None:
+            kept &= self.slice(steps, 0, self.state.examples) < self.state.hidden_from
         return np.flatnonzero(kept)
 
+    @property
+    def id_kind(self) -> str:
+        """The kind of its ids."""
+        return "int64" if self.state.key_table == "step" else self.state.columns["example/id"].dtype
+
     def keys(self) -> tuple[list[Any], list[str], list[int]]:
-        """ids, phases and steps of the kept examples."""
+        """ids, phases and steps of the kept examples; a training step has its writer's rank for an id."""
+        if self.state.key_table == "step":
+            count = len(self.kept)
+            return [self.state.document.rank] * count, [""] * count, self._of_kept(self.state.columns["step/step"]).tolist()
         names = ("example/id", "example/phase", "example/step")
         ids, phases, steps = (self._of_kept(self.state.columns[name]).tolist() for name in names)
         return ids, phases, steps
+
+    def last_step(self) -> int:
+        """The latest training step of the kept examples, or of the steps themselves; -1 without any."""
+        return int(self._of_kept(self.state.columns[f"{self.state.key_table}/step"]).max(initial=-1))
 
     def bounds(self, table: str) -> tuple[Array, Array]:
         """First row and number of rows of every kept example in a ragged table; int64 each."""
@@ -238,15 +254,16 @@ class PartReader:
         found = self.examples_of(path, start, stop)
         if not len(found):
             return f" (rows {start} to {stop - 1} of this array)"
-        ids = None if self._owner[path][0].name == "example/id" else self.ids_of(found)
+        what = f"{self.state.key_table}s"
+        ids = None if self._owner[path][0].name == self._named_by else self.ids_of(found)
         if ids is None:
-            return f" (examples number {found[0]} to {found[-1]} of the part)"
-        return f" (examples {ids[0]!r} to {ids[1]!r})"
+            return f" ({what} number {found[0]} to {found[-1]} of the part)"
+        return f" ({what} {ids[0]!r} to {ids[1]!r})"
 
     def ids_of(self, examples: Array) -> tuple[str | int, str | int] | None:
         """The ids of the first and the last of some of the part's examples; None where they are damaged too."""
         try:
-            first, last = self.gather(self.state.columns["example/id"], examples[[0, -1]]).tolist()
+            first, last = self.gather(self.state.columns[self._named_by], examples[[0, -1]]).tolist()
         except DamagedError:
             return None
         return first, last
@@ -259,10 +276,15 @@ class PartReader:
         column, role = self._owner[path]
         try:
             start, stop = self._rows_of_text(column, role, start, stop)
-            begin, length = (self.kept, 1) if column.table == "example" else self.bounds(column.table)
+            begin, length = self.bounds(column.table) if is_ragged(column.table) else (self.kept, 1)
         except DamagedError:
             return self.kept[:0]
         return self.kept[(begin < stop) & (begin + length > start) & (np.asarray(length) > 0)]
+
+    @property
+    def _named_by(self) -> str:
+        """The column that tells users which example, or which training step, a row is."""
+        return "step/step" if self.state.key_table == "step" else "example/id"
 
     def _rows_of_text(self, column: ColumnSchema, role: str, start: int, stop: int) -> tuple[int, int]:
         """The rows of a column that depend on elements [start, stop) of one of its arrays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -66,6 +66,12 @@ class PartState:
     last: str = ""  # digest of the last record
     commits: int = 0
     written: int = 0
+    hidden_from: int | None = None  # the training step from which on a later session has superseded its rows
+
+    @property
+    def key_table(self) -> str:
+        """The table whose rows have keys: `example`, or `step` in a part of training steps."""
+        return "step" if "step/step" in self.columns else "example"
 
     @property
     def closed(self) -> bool:
@@ -74,8 +80,8 @@ class PartState:
 
     @property
     def examples(self) -> int:
-        """Committed examples, withdrawn ones included."""
-        return self.rows.get("example", 0)
+        """Committed examples (or training steps), withdrawn and superseded ones included."""
+        return self.rows.get(self.key_table, 0)
 
     def apply(self, record: Record) -> None:
         """Take one more record into account."""
@@ -104,7 +110,24 @@ class PartState:
 def read_parts(place: Place, run: str) -> list[PartState]:
     """Every part that has committed something, in order of name."""
     found = place.each(lambda name: read_part(place, run, name), claimed_parts(place))
-    return [part for part in found if part.columns]
+    parts = [part for part in found if part.columns]
+    hide_superseded(parts)
+    return parts
+
+
+def hide_superseded(parts: list[PartState]) -> None:
+    """Tell each part from which step on a later part of another session has superseded it."""
+    firsts: dict[str, int] = {}  # by session, of the parts that come later
+    for part in reversed(parts):
+        document = part.document
+        hide_from(part, [step for session, step in firsts.items() if session != document.session])
+        if document.from_step is not None:
+            firsts[document.session] = min(document.from_step, firsts.get(document.session, document.from_step))
+
+
+def hide_from(part: PartState, steps: Iterable[int]) -> None:
+    """Hide a part's rows of these training steps and all later ones."""
+    part.hidden_from = min([*steps, *([] if part.hidden_from is None else [part.hidden_from])], default=None)
 
 
 def part_names(place: Place) -> list[str]:

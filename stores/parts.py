@@ -301,6 +301,8 @@ def wave(schema: ColumnSchema, role: str) -> int:
     """When in a commit an array states its rows: columns first, then bookkeeping of the example table, then what lists examples."""
     if schema.name == "example/id":
         return 1 if role == "utf8" else 2
+    if schema.name == "step/step":
+        return 2
     return 1 if schema.name.startswith(("example/start.", "example/length.")) else 0
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from .columns import Column, Table
 from .derived import Derived
 from .digest import digest
 from .dtypes import Array
-from .errors import AttentionNotRecordedError, DamagedError, GradientError, UnknownColumnError
+from .errors import AttentionNotRecordedError, DamagedError, GradientError, RunEndedError, UnknownColumnError
+from .following import follow
 from .index import Index
 from .part_reader import PartReader
 from .part_state import PartState, read_parts
@@ -87,8 +88,14 @@ class Run:
         states = read_parts(self._place, self._document.uid)
         runs.check_copies(self._root, states)
         self._parts = [PartReader(state, cache) for state in states]
-        self._index = Index(self._parts)
+        by_table = {table: [part for part in self._parts if part.state.key_table == table] for table in names.KEY_TABLES}
+        self._keyed = {table: (parts, Index(parts)) for table, parts in by_table.items()}
         self.__dict__.pop("tables", None)
+
+    @property
+    def _index(self) -> Index:
+        """Of the examples."""
+        return self._keyed["example"][1]
 
     @property
     def uid(self) -> str:
@@ -109,6 +116,39 @@ class Run:
     def parts(self) -> list[PartState]:
         """What each part has committed."""
         return [part.state for part in self._parts]
+
+    @property
+    def last_step(self) -> int:
+        """The latest training step that anything was recorded of; -1 outside training."""
+        return max((part.last_step() for part in self._parts), default=-1)
+
+    def refresh(self) -> Self:
+        """See what was committed since; columns that were taken from the run before stay as they were.
+
+        Raises:
+            LostPartError: another run lies at the path now.
+        """
+        runs.check_is(self._place, self.uid, self.path)
+        self._load()
+        return self
+
+    def wait_for(self, *, step: int, timeout: float | None = None, poll: float = 0.5) -> Self:
+        """Wait until a training step is committed by a recorder that is still at work, and see it.
+
+        Args:
+            step: what `last_step` has to reach.
+            timeout: seconds in which nothing is committed; None waits for ever.
+            poll: seconds between looks at the run.
+
+        Raises:
+            TimeoutError. RunEndedError: every writer has closed, and no such step was reached.
+        """
+        for found in follow(self, timeout=timeout, poll=poll):
+            if found.last_step >= step:
+                break
+        else:
+            raise RunEndedError(f"{self.path} ended with step {self.last_step}, before step {step}; resume it, or ask for less")
+        return self
 
     @property
     def ids(self) -> list[str] | list[int]:
@@ -135,12 +175,16 @@ class Run:
         columns: dict[str, dict[str, Column]] = {}
         for name in dict.fromkeys(name for part in self._parts for name in part.state.columns):
             table, short = names.split(name)
-            columns.setdefault(table, {})[short] = Column(name, self._parts, self._index)
+            columns.setdefault(table, {})[short] = Column(name, *self._keyed_by(table))
         for table, short in map(names.split, self._names_of("scaled")):
             columns[table][short] = self._scaled(columns[table][short], columns)
         for table, short in map(names.split, self._names_of(projected.SITE)):
             columns[table][short] = self._projected(columns[table][short], columns[table])
-        return {table: Table(table, found, self._index) for table, found in columns.items()}
+        return {table: Table(table, found, self._keyed_by(table)[1]) for table, found in columns.items()}
+
+    def _keyed_by(self, table: str) -> tuple[list[PartReader], Index]:
+        """The parts a table may have rows in, and their join."""
+        return self._keyed["step" if table == "step" else "example"]
 
     @property
     def sites(self) -> list[Column]:
@@ -350,8 +394,16 @@ class Run:
 
     @property
     def steps(self) -> pd.DataFrame:
-        """The step table."""
-        return self._frame("step")
+        """The step table's columns of one value each, by step (and by rank, where several have written steps)."""
+        frame = self._frame("step")
+        if not len(frame):
+            return frame
+        fractions = [name for name in map(str, frame) if self.tables["step"][name].dtype.kind == "f"]
+        frame = frame.astype(dict.fromkeys(fractions, float))  # NaN, rather than None, where a step has no value
+        frame.insert(0, "step", frame.pop("step"))
+        frame.insert(1, "rank", self._keyed["step"][1].keys[0])
+        found = frame.sort_values(["step", "rank"], ignore_index=True)
+        return found if found["rank"].nunique() > 1 else found.drop(columns="rank")
 
     def add_column(self, name: str, values: Any, *, ids: Any = None) -> Column:
         """Add a column beside the recorded ones, as an extension part; the run then shows it.
@@ -364,7 +416,8 @@ class Run:
         """
         if name.partition("/")[2] in self.tables.get(name.partition("/")[0], {}):
             raise extension.exists(name)
-        extension.add(self._place, self._document, self._index, [part.state for part in self._parts], name, values, ids)
+        parts, index = self._keyed["example"]
+        extension.add(self._place, self._document, index, [part.state for part in parts], name, values, ids)
         self._load()
         return self[name]
 
@@ -421,7 +474,7 @@ class Run:
         return {name for name, schema in schemas if (schema.site or {}).get(kind)}
 
     def _scaled(self, column: Column, columns: dict[str, dict[str, Column]]) -> ScaledColumn:
-        found = ScaledColumn(column.name, self._parts, self._index)
+        found = ScaledColumn(column.name, *self._keyed["example"])
         scale = f"{names.split(column.name)[1]}|scale"
         if scale not in columns["example"]:
             raise DamagedError(f"column {column.name!r} is said to be scaled, but the run has no 'example/{scale}'")
@@ -429,7 +482,7 @@ class Run:
         return found
 
     def _projected(self, column: Column, beside: dict[str, Column]) -> ProjectedColumn:
-        found = ProjectedColumn(column.name, self._parts, self._index)
+        found = ProjectedColumn(column.name, *self._keyed["example"])
         found.place, found.beside = self._place, beside
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import commits
 from .commits import Record
 from .errors import DamagedError
+from .names import KEY_TABLES
 from .part_state import PartState, begun, list_path, read_list, record_numbers
 from .places import Place
 from .strict_json import MOST
@@ -38,8 +39,9 @@ def salvaged(place: Place, run: str, name: str) -> PartState:
 
 def most_examples(place: Place, run: str, part: str) -> int:
     """The most examples that any whole record of a part, or the documents of its ids, speak of."""
-    said = [record.rows.get("example", 0) for record, _ in whole_records(place, run, part).values()]
-    documents = [f"parts/{part}/example/id/{role}{DOCUMENT}" for role in ("", "end/")]
+    records = [record for record, _ in whole_records(place, run, part).values()]
+    said = [record.rows.get(table, 0) for record in records for table in KEY_TABLES]
+    documents = [f"parts/{part}/{path}/{DOCUMENT}" for path in ("example/id", "example/id/end", "step/step")]
     return max([*said, *(stated_rows(place.read(path, MOST)) or 0 for path in documents if place.exists(path))], default=0)
 
 

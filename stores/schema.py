@@ -281,7 +281,10 @@ class RunDocument:
 
 @dataclass(frozen=True)
 class PartDocument:
-    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`; `nonce` is the writer's alone."""
+    """What one writer said of itself when it claimed a part. `kind` is `base` or `extension`; `nonce` is the writer's alone.
+
+    `from_step` supersedes what earlier sessions recorded at that training step or later.
+    """
 
     run: str
     session: str
@@ -298,17 +301,14 @@ class PartDocument:
 
     @classmethod
     def from_attributes(cls, attributes: Json, where: str) -> PartDocument:
-        """The reverse; FormatVersionError for a rewinding part, which a later version writes."""
+        """The reverse; FormatVersionError for a newer format."""
         document = _ours(attributes, where)
         _check_version(document, where)
         with checked.named(where):
             said = checked.members(document.get("part"), "the part document", {"run": checked.TEXT, "session": checked.TEXT}, _PART)
         if unknown := said.keys() - _PART.keys():
             raise DamagedError(f"{where}: not a part document (it has {checked.shown(sorted(unknown))})")
-        part = cls(**said)
-        if part.from_step is not None:
-            raise FormatVersionError(f"{where} rewinds to step {part.from_step}; update tensortape to read it")
-        return part
+        return cls(**said)
 
 
 def _check_version(document: Json, where: str) -> None:

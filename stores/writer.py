@@ -6,7 +6,7 @@ import atexit
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
@@ -29,6 +29,7 @@ from .places.local import Durability
 from .ragged import Cells, cells, lengths_of
 from .ragged import Lengths as GivenLengths
 from .schema import Json, PartDocument
+from .step_order import StepOrder
 
 Mode = Literal["create", "resume", "overwrite"]
 RESERVE = 8 << 20  # bytes that a disk is left with
@@ -91,9 +92,8 @@ class RunWriter:
         self._mode = mode
         self._session, self._rank, self._world_size = session or uuid.uuid4().hex, rank, world_size
         self._run, self._started = runs.document_for(self._place, mode, self._session, dict(about or {}))
-        before = self._taken_over() if self._started else Holdings(Held(), None, {})
-        self.columns = before.columns
-        self._admission = Admission(self._place, before)
+        self._from_step: int | None = None
+        self._take_over()
         self._assets: dict[str, bytes] = {}
         self._asset_digests: dict[str, str] = {}
         self._descriptions: dict[str, Description] = {}
@@ -104,7 +104,7 @@ class RunWriter:
         self.appended_bytes = 0
         self._rows: Counter[str] = Counter()
         self._pid = os.getpid()
-        self._parts = OpenParts(self._place, self._part_document, memory_budget, before.columns, compress or codecs.NONE)
+        self._parts = OpenParts(self._place, self._part_document, memory_budget, self.columns, compress or codecs.NONE)
         self._background = Background(memory_budget // 2) if background else None
         self._watched = termination.watch()
         atexit.register(self.close)  # also what is forgotten is committed
@@ -185,6 +185,40 @@ class RunWriter:
         copies = self._background is not None
         self._add(dict(columns), ids, lengths or {}, phase, step, dict(nonfinite or {}), copies=copies)
 
+    def append_steps(self, *, steps: Sequence[int], columns: Mapping[str, Any]) -> None:
+        """Append rows of the step table. What is given may be changed afterwards.
+
+        Args:
+            steps: numbers of training steps, in order, and for each column later than those it has.
+            columns: `step/<column>` to one value, array row or text per step. Other steps may have other columns.
+
+        Raises:
+            SchemaError, KeyRepeatedError, DiskShortError: nothing was appended. Any other OSError, as for `append`.
+        """
+        self._check_usable()
+        numbers = self._step_order.admit(steps, columns)
+        given = {name: cells(name, values, len(numbers), {}).copied() for name, values in columns.items()}
+        for group in self._step_order.take(numbers, given):
+            rows = {**{name: given[name] for name in group}, "step/step": Cells("int64", (), [numbers], None)}
+            self._put(rows, {}, Written(group, []), {}, copies=False)
+
+    def rewind(self, step: int) -> None:
+        """Begin anew at a training step, as one does from a checkpoint.
+
+        What other sessions recorded at that step or later no longer counts: readers hide it once this writer
+        has committed something. Only before the first append.
+
+        Raises:
+            BrokenWriterError: something was appended already.
+        """
+        self._check_usable()
+        if self._rows:
+            raise BrokenWriterError("a writer rewinds before its first append; open another one with mode='resume'")
+        keys.check_key("", step)
+        self._from_step = int(step)
+        self._take_over()
+        self._parts.know(self.columns)
+
     def drain(
         self,
         *,
@@ -219,6 +253,20 @@ class RunWriter:
             self.commit()  # they get further columns, and what the run has of them is looked up there
         given, found = _cells(ids, columns, lengths, phase, int(step))
         self._admission.check(self._run.uid, ids, written, found)
+        columns.clear()
+        self._put(given, found, written, nonfinite, copies=copies)
+        self._admission.take(ids, written)
+
+    def _put(
+        self,
+        given: dict[str, Cells],
+        found: Mapping[str, Array],
+        written: Written,
+        nonfinite: Mapping[str, int],
+        *,
+        copies: bool,
+    ) -> None:
+        """Hand rows that were admitted to the part of their columns. `found` are the lengths of ragged tables."""
         size = sum(column.nbytes for column in given.values())
         rows = {names.split(name)[0]: column.rows for name, column in given.items()}
         self.check_disk(size, "what is to be appended")
@@ -227,11 +275,9 @@ class RunWriter:
         if copies:
             given = {name: column.copied() for name, column in given.items()}
         part = self._parts.prepare(given, found, self._descriptions, self._retire)
-        columns.clear()
         self._do(size, partial(self._append, part, given, written, nonfinite))
         self.appended_bytes += size
         self._rows.update(rows)
-        self._admission.take(ids, written)
 
     def check_disk(self, nbytes: int, what: str) -> None:
         """DiskShortError unless the disk has room for so many bytes more, beside what waits in buffers and a small reserve."""
@@ -285,10 +331,15 @@ class RunWriter:
         elif self._background is not None:
             self._background.check()
 
-    def _taken_over(self) -> Holdings:
-        """What the run holds, once nobody else adds to it."""
-        chain.seal_others(self._place, self._run.uid, self._session)
-        return holdings(self._place, self._run.uid)
+    def _take_over(self) -> None:
+        """Learn what the run holds, once nobody else adds to it."""
+        before = Holdings()
+        if self._started:
+            chain.seal_others(self._place, self._run.uid, self._session)
+            before = holdings(self._place, self._run.uid, self._session, self._from_step)
+        self.columns = before.columns
+        self._admission = Admission(self._place, before)
+        self._step_order = StepOrder(before.steps.get(self._rank, {}))
 
     def _do(self, size: int, task: Task) -> None:
         """Do a step of writing: now, or in the background."""
@@ -369,6 +420,7 @@ class RunWriter:
             session=self._session,
             rank=self._rank,
             world_size=self._world_size,
+            from_step=self._from_step,
             writer=f"tensortape {version('tensortape')}",
             nonce=uuid.uuid4().hex,
         )
@@ -406,7 +458,9 @@ def _cells(
     for name in columns:
         names.refuse_bookkeeping(name)
         if names.split(name)[0] == "step":
-            raise SchemaError(f"column {name!r}: rows of the step table belong to training steps, not to examples")
+            raise SchemaError(
+                f"column {name!r}: rows of the step table belong to training steps, not to examples; use append_steps"
+            )
     given = {name: cells(name, values, len(ids), lengths) for name, values in columns.items()}
     own = key_columns(
         np.array(ids, object if keys.kind_of(ids) == TEXT else np.int64),

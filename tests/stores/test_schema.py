@@ -100,10 +100,9 @@ def test_a_part_of_a_newer_version_is_refused_by_name():
         PartDocument.from_attributes(attributes, "here")
 
 
-def test_a_part_that_rewinds_is_refused():
+def test_a_part_says_which_step_it_rewinds_to():
     attributes = PartDocument("uid", "session", from_step=7).to_attributes()
-    with pytest.raises(FormatVersionError, match="rewinds to step 7"):
-        PartDocument.from_attributes(attributes, "here")
+    assert PartDocument.from_attributes(attributes, "here").from_step == 7
 
 
 @pytest.mark.parametrize("attributes", [{}, {"other": {}}, {FORMAT: 1}, {FORMAT: {}}])

@@ -1,0 +1,58 @@
+"""Training steps of one writer: in order, and each once in every column."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+
+from . import names
+from .dtypes import Array
+from .errors import KeyRepeatedError, SchemaError
+
+
+class StepOrder:
+    """Which step comes next in each column of the step table.
+
+    Columns that came together once lie in one part, and go there whenever all of them are given; so a loop that says now a loss,
+    now a loss and a score, writes two parts and not one for every mixture.
+    """
+
+    def __init__(self, last: dict[str, int]) -> None:
+        self._last = dict(last)
+        self._groups: list[frozenset[str]] = []
+
+    def admit(self, steps: Sequence[int], columns: Iterable[str]) -> Array:
+        """The steps as int64; SchemaError or KeyRepeatedError unless they may be appended to these columns."""
+        numbers = np.asarray(steps)
+        if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
+            raise SchemaError(f"steps are integers, one per row; got {steps!r}")
+        if (np.diff(numbers) <= 0).any() or numbers[0] < 0:
+            raise SchemaError(f"steps are given in order, each once, and count from 0; got {numbers.tolist()[:10]}")
+        for name in columns:
+            self._check(name, int(numbers[0]))
+        return numbers.astype(np.int64)
+
+    def take(self, steps: Array, columns: Collection[str]) -> list[frozenset[str]]:
+        """Remember what was admitted; the columns, grouped by the part they go to."""
+        self._last.update(dict.fromkeys(columns, int(steps[-1])))
+        left, found = frozenset(columns), []
+        for group in self._groups:
+            if group <= left:
+                found.append(group)
+                left -= group
+        if left or not found:
+            self._groups.append(left)
+            found.append(left)
+        return found
+
+    def _check(self, name: str, first: int) -> None:
+        names.refuse_bookkeeping(name)
+        if names.split(name)[0] != "step":
+            raise SchemaError(f"column {name!r} belongs to examples; append_steps writes 'step/<column>'")
+        last = self._last.get(name, -1)
+        if first <= last:
+            raise KeyRepeatedError(
+                f"column {name!r} has values up to step {last} already, but got step {first}; to go on from a checkpoint, rewind "
+                "to the step that comes after it"
+            )
