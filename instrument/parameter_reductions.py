@@ -33,7 +33,7 @@ def random_projection(name: str, width: int, seed: int) -> Callable[[torch.Tenso
     """
 
     def project(values: torch.Tensor) -> torch.Tensor:
-        draw = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # which heeds 32 bits
         out = torch.zeros(width, dtype=torch.float32, device=values.device)
         flat = values.flatten()
         for block in (flat[start : start + _BLOCK] for start in range(0, len(flat), _BLOCK)):

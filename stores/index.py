@@ -47,6 +47,10 @@ class Index:
         ids, phases, steps = (column[first] for column in self._all_keys)
         return ids, phases, steps
 
+    def all(self) -> list[tuple[str | int, str, int]]:
+        """(id, phase, step) of all examples, in order."""
+        return list(zip(*(column.tolist() for column in self.keys), strict=True))
+
     def id(self, number: int) -> str | int:
         """The id of an example, as it was given."""
         found: str | int = self.keys[0][number : number + 1].tolist()[0]

@@ -159,7 +159,7 @@ class Run:
     @property
     def keys(self) -> list[tuple[str | int, str, int]]:
         """(id, phase, step) of the examples, in order."""
-        return list(zip(*(column.tolist() for column in self._index.keys), strict=True))
+        return self._index.all()
 
     def where(self, *, id: str | int | None = None, phase: str | None = None, step: int | None = None) -> Array:
         """Numbers of the examples whose key agrees with everything given; int64."""
@@ -427,8 +427,11 @@ class Run:
 
     def digest(self) -> str:
         """SHA-256 of all keys, lengths and values, by key: the same for runs that hold the same, however they came about."""
-        columns = [column for table in self.tables.values() for column in table.values()]
-        return digest(self.keys, [column for column in columns if not names.is_bookkeeping(column.name)])
+        tables: dict[str, list[Column]] = {table: [] for table in names.KEY_TABLES}
+        for table, columns in self.tables.items():
+            tables["step" if table == "step" else "example"] += columns.values()
+        keyed = {table: index.all() for table, (_, index) in self._keyed.items() if table == "example" or len(index)}
+        return digest([(every, tables[table]) for table, every in keyed.items()])
 
     def asset(self, name: str) -> bytes:
         """A file kept beside the tables; FileNotFoundError without one, DamagedError if it is not the one that was written."""

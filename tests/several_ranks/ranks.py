@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
@@ -123,7 +125,39 @@ def one_after_another(folder: Path) -> None:
         dist.barrier()
 
 
-PROGRAMS = {"every_rank": every_rank, "one_rank": one_rank, "one_after_another": one_after_another}
+def trained(model: nn.Module, recorder: Recorder | None, ranks: Sequence[int], steps: range) -> None:
+    """Train on what several ranks read, as a mean over ranks: on one of them or, in one process, on all."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in steps:
+        for rank in ranks:
+            numbers = batches()[(step * 2 + rank) % 9]
+            with recorder.batch(ids=numbers) if recorder is not None else nullcontext():
+                (model(**grid(numbers)).square().mean() / len(ranks)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        if recorder is not None:
+            recorder.step(loss=float(step))
+        optimizer.zero_grad()
+
+
+def train_ranks(folder: Path, how: str, **options: Any) -> list[list[float]]:
+    """Train under DDP or FSDP2; the final weights."""
+    model: nn.Module = Model()
+    if how == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        for block in model.blocks:  # type: ignore[union-attr]
+            fully_shard(block)
+        fully_shard(model)
+    reduced = [Site("param.blocks.*.up.weight.grad", reduce="norm"), Site("param.blocks.*.up.weight.clipped", reduce="norm")]
+    whole = [Site("param.blocks.*.up.weight.grad", gather=True), Site("param.blocks.0.up.weight.update", gather=True)]
+    with Recorder(model, sites=["blocks.1", *reduced, *whole], to=folder / "run.zarr", every=2, **options) as recorder:
+        trained(model, recorder, [dist.get_rank()], range(4))
+    weights = [getattr(parameter, "full_tensor", lambda parameter=parameter: parameter)() for parameter in model.parameters()]
+    return [weight.flatten().tolist() for weight in weights]
+
+
+PROGRAMS = {"train_ranks": train_ranks, "every_rank": every_rank, "one_rank": one_rank, "one_after_another": one_after_another}
 
 
 def rank_of(rank: int, size: int, port: str, folder: Path, program: str, options: dict[str, Any]) -> None:

@@ -138,3 +138,41 @@ def test_a_session_may_be_named_instead(tmp_path: Path, monkeypatch: pytest.Monk
     recorder = Recorder(ranks.Model(), sites=ranks.SITES, to=tmp_path / "other.zarr")
     assert recorder.writer._session == "job.3"
     recorder.close()
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[list[float]]]:
+    """The same training in one process, on the batches of both ranks."""
+    to, model = tmp_path_factory.mktemp("trained") / "run.zarr", ranks.Model()
+    sites = [f"param.blocks.{block}.up.weight.{kind}" for block in (0, 1) for kind in ("grad", "clipped", "update")]
+    with Recorder(model, sites=["blocks.1", *sites], to=to, every=2) as recorder:
+        ranks.trained(model, recorder, [0, 1], range(4))
+    return open_run(to), [parameter.detach().flatten().tolist() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_ranks_train(tmp_path: Path, trained_alone: tuple[Run, list[list[float]]], how: str) -> None:
+    """Gradients are those of the whole job: before clipping, after the ranks have exchanged theirs; shares add up to them."""
+    assert launch("train_ranks", tmp_path, 2, how=how) == [0, 0]
+    alone, weights = trained_alone
+    for found in returned(tmp_path, 2):
+        for mine, theirs in zip(found, weights, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+    run = open_run(tmp_path / "run.zarr")
+    assert run.steps[["step", "rank"]].values.tolist() == [[step, rank] for step in range(1, 5) for rank in (0, 1)]
+    assert sorted({step for _, _, step in run.keys}) == [1, 3]
+    table, expected = run.tables["step"], alone.tables["step"]
+    for name in ("param.blocks.0.up.weight.grad", "param.blocks.1.up.weight.grad", "param.blocks.0.up.weight.update"):
+        wanted = {
+            step: expected[name][number] for number, step in enumerate(expected["step"].rows()) if expected[name].present[number]
+        }
+        for number in np.flatnonzero(table[name].present):
+            np.testing.assert_allclose(table[name][int(number)], wanted[int(table["step"][int(number)])], rtol=1e-4, atol=1e-7)
+        assert table[name].present.sum() == 4, "two steps on two ranks"
+    for kind in ("grad", "clipped"):
+        name = f"param.blocks.0.up.weight.{kind}"
+        norms = run.steps.pivot(index="step", columns="rank", values=f"{name}|norm").loc[[1, 3]].to_numpy()
+        of_all = [np.linalg.norm(expected[name][number]) for number in range(2)]
+        np.testing.assert_allclose(np.sqrt((norms**2).sum(1)) if how == "fsdp" else norms[:, 0], of_all, rtol=1e-4)
+        assert how == "fsdp" or (norms[:, 0] == norms[:, 1]).all()
+    assert run.verify().ok
