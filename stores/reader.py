@@ -397,7 +397,7 @@ class Run:
         """The step table's columns of one value each, by step (and by rank, where several have written steps)."""
         frame = self._frame("step")
         if not len(frame):
-            return frame
+            return frame.reindex(columns=["step"])
         fractions = [name for name in map(str, frame) if self.tables["step"][name].dtype.kind == "f"]
         frame = frame.astype(dict.fromkeys(fractions, float))  # NaN, rather than None, where a step has no value
         frame.insert(0, "step", frame.pop("step"))
