@@ -115,6 +115,7 @@ class Recorder:
         self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
         self._batch: Batch | None = None
         self._scale = 1.0
+        self._is_closed = False
         said = about(self._model, trains=self._progress.counts)
         found = session_of(os.fspath(to), session)
         self.writer = RunWriter(
@@ -286,7 +287,8 @@ class Recorder:
 
     def state_dict(self) -> dict[str, int]:
         """Where the training is, for a checkpoint; commits, so that the run holds every step that the checkpoint has behind it."""
-        self.commit()
+        if not self._is_closed:
+            self.commit()
         return {"step": self._progress.done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -312,11 +314,13 @@ class Recorder:
         self._tap_set.remove()
         self._parameters.forget()
         with self._storing:
-            if not self._storing.has_ended:
+            if not (self._storing.has_ended or self._is_closed):
                 self._steps.flush()
         with self._storing:
             self.writer.close()
-        self._storing.say()
+        if not self._is_closed:
+            self._storing.say()
+        self._is_closed = True
 
     def __enter__(self) -> Self:
         return self
