@@ -20,7 +20,7 @@ from .attention.calls import AttentionCalls, size_of
 from .attention.facts import Attended
 from .cache_rows import CacheRows
 from .calls import continued, decoder_stream, main_stream, unfinished, warn_of_positions, with_padding_mask
-from .capture import Capture, Pins, capture, nonfinite_rows
+from .capture import Capture, Pins, capture
 from .draws import Draws
 from .errors import BatchError, ForwardError
 from .gradients import added, split_scale
@@ -32,6 +32,7 @@ from .sites import Tap
 from .steps import Key, Step, merged
 from .streams import MAIN, Stream, table_of
 from .targets import Target
+from .transfer import Transfer
 
 DECODER = "decoder"
 
@@ -191,10 +192,9 @@ class Batch:
         said: dict[str, Any] = dict(_bookkeeping(found))
         columns = dict(said)
         lengths: dict[str, Any] = {table_of(name): stream.lengths for name, stream in found.streams.items()}
-        nonfinite, draws = {}, Draws(ids)
+        transfer, draws = Transfer(), Draws(ids)
         for taken in map(draws.of, found.captures.values()):
-            columns[taken.column] = as_numpy(taken.rows)
-            nonfinite[taken.column] = nonfinite_rows(taken.rows)
+            columns[taken.column] = transfer.bring(taken.column, taken.rows)
             if taken.owns_table:
                 lengths[split(taken.column)[0]] = taken.lengths or [1] * len(ids)
         for column in known.keys() - columns.keys():
@@ -203,7 +203,7 @@ class Batch:
         labels = label_columns(self.given.labels, by_table, len(ids))
         columns.update({**labels, **draws.beside({**said, **labels})})
         used = {split(name)[0] for name, values in columns.items() if not isinstance(values, list)}
-        return Rows(ids, columns, {name: lengths[name] for name in lengths if name in used}, nonfinite)
+        return Rows(ids, columns, {name: lengths[name] for name in lengths if name in used}, transfer.arrived)
 
     @property
     def _goes_on(self) -> bool:

@@ -62,7 +62,7 @@ class BatchWriter:
         found.captures.clear()
         batch.forget()
         for new in self._new_only(rows, moment):
-            said: Any = {"phase": moment.phase, "step": moment.step, "nonfinite": new.nonfinite}
+            said: Any = {"phase": moment.phase, "step": moment.step, "arrived": new.arrived}
             self._writer.drain(ids=new.ids, columns=new.columns, lengths=new.lengths, **said)
         self._learned[moment.phase] = learned
 

@@ -12,22 +12,27 @@ from tensortape.stores import keys
 from tensortape.stores.dtypes import Array
 from tensortape.stores.names import is_ragged, split
 from tensortape.stores.ragged import Lengths
+from tensortape.stores.writer import Arrived
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Ids, columns, rows per example of each packed table, and how many rows of a column hold NaN or infinity."""
+    """Ids, columns, and rows per example of each packed table.
+
+    Values are there once `arrived` has returned, which says how many rows of each column hold NaN or infinity.
+    """
 
     ids: keys.Ids
     columns: dict[str, Any]
     lengths: Lengths
-    nonfinite: dict[str, int]
+    arrived: Arrived
 
 
 def keep(rows: Rows, wanted: Array, names: Collection[str]) -> Rows:
     """Only some examples and columns of a batch; `wanted` is a mask over its examples."""
     if wanted.all() and len(names) == len(rows.columns):
         return rows
+    counted = rows.arrived()
     chosen = np.flatnonzero(wanted)
     tokens = {table: np.repeat(wanted, lengths) for table, lengths in rows.lengths.items()}
     columns = {}
@@ -40,8 +45,8 @@ def keep(rows: Rows, wanted: Array, names: Collection[str]) -> Rows:
             columns[name] = values[tokens[table] if is_ragged(table) else wanted]
     tables = {split(name)[0] for name in columns}
     lengths = {table: np.asarray(counts)[chosen] for table, counts in rows.lengths.items() if table in tables}
-    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in rows.nonfinite.items() if name in columns}
-    return Rows([rows.ids[number] for number in chosen], columns, lengths, nonfinite)  # type: ignore[arg-type]
+    nonfinite = {name: _nonfinite(columns[name]) if count else 0 for name, count in counted.items() if name in columns}
+    return Rows([rows.ids[number] for number in chosen], columns, lengths, lambda: nonfinite)  # type: ignore[arg-type]
 
 
 def _nonfinite(rows: Any) -> int:

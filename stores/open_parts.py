@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from . import codecs, names
 from .descriptions import Description
@@ -47,6 +47,10 @@ class OpenParts:
         """Bytes that the next commit writes as tails."""
         return sum(part.held_bytes for part in self._open())
 
+    def has(self, columns: Iterable[str]) -> bool:
+        """Whether there is an open part for these columns."""
+        return _own(columns) in self._parts
+
     def describes(self, column: str) -> bool:
         """Whether an open part has that column, so that nothing can be said of it any more."""
         return any(column in part.columns for part in self._parts.values())
@@ -62,7 +66,7 @@ class OpenParts:
 
         Where the budget cannot hold one more part, those that are open are handed to `retire`, to be closed.
         """
-        columns = frozenset(name for name in given if not names.is_bookkeeping(name))
+        columns = _own(given)
         if columns in self._parts:
             return _prepared(self._parts[columns], given, lengths, descriptions)
         try:
@@ -97,6 +101,11 @@ class OpenParts:
 
     def _new(self, budget: int) -> PartWriter:
         return PartWriter(self._place, self._document, budget, self._known, self._compress)
+
+
+def _own(columns: Iterable[str]) -> frozenset[str]:
+    """Columns by which parts are told apart: all but those that every part has."""
+    return frozenset(name for name in columns if not names.is_bookkeeping(name))
 
 
 def _prepared(

@@ -6,7 +6,7 @@ import atexit
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
@@ -32,6 +32,7 @@ from .schema import Json, PartDocument
 from .step_order import StepOrder
 
 Mode = Literal["create", "resume", "overwrite"]
+Arrived = Callable[[], Mapping[str, int]]  # waits for values; rows per column that hold NaN or infinity
 RESERVE = 8 << 20  # bytes that a disk is left with
 
 
@@ -183,7 +184,7 @@ class RunWriter:
             committed stands.
         """
         copies = self._background is not None
-        self._add(dict(columns), ids, lengths or {}, phase, step, dict(nonfinite or {}), copies=copies)
+        self._add(dict(columns), ids, lengths or {}, phase, step, partial(dict, nonfinite or {}), copies=copies)
 
     def append_steps(self, *, steps: Sequence[int], columns: Mapping[str, Any]) -> None:
         """Append rows of the step table. What is given may be changed afterwards.
@@ -200,7 +201,7 @@ class RunWriter:
         given = {name: cells(name, values, len(numbers), {}).copied() for name, values in columns.items()}
         for group in self._step_order.take(numbers, given):
             rows = {**{name: given[name] for name in group}, "step/step": Cells("int64", (), [numbers], None)}
-            self._put(rows, {}, Written(group, []), {}, copies=False)
+            self._put(rows, {}, Written(group, []), dict, copies=False)
 
     def rewind(self, step: int) -> None:
         """Begin anew at a training step, as one does from a checkpoint.
@@ -227,10 +228,14 @@ class RunWriter:
         lengths: GivenLengths | None = None,
         phase: str = keys.PHASE,
         step: int = keys.STEP,
-        nonfinite: Mapping[str, int] | None = None,
+        arrived: Arrived = dict,
     ) -> None:
-        """As `append`, but takes the values over and empties `columns`, so that their memory goes once it is in the buffers."""
-        self._add(columns, ids, lengths or {}, phase, step, dict(nonfinite or {}), copies=False)
+        """As `append`, but takes the values over and empties `columns`, so that their memory goes once it is in the buffers.
+
+        Args:
+            arrived: called before values of numbers are looked at, in whatever thread writes; returns `nonfinite`.
+        """
+        self._add(columns, ids, lengths or {}, phase, step, arrived, copies=False)
 
     def _add(
         self,
@@ -239,7 +244,7 @@ class RunWriter:
         lengths: GivenLengths,
         phase: str,
         step: int,
-        nonfinite: dict[str, int],
+        arrived: Arrived,
         *,
         copies: bool,
     ) -> None:
@@ -254,7 +259,7 @@ class RunWriter:
         given, found = _cells(ids, columns, lengths, phase, int(step))
         self._admission.check(self._run.uid, ids, written, found)
         columns.clear()
-        self._put(given, found, written, nonfinite, copies=copies)
+        self._put(given, found, written, arrived, copies=copies)
         self._admission.take(ids, written)
 
     def _put(
@@ -262,7 +267,7 @@ class RunWriter:
         given: dict[str, Cells],
         found: Mapping[str, Array],
         written: Written,
-        nonfinite: Mapping[str, int],
+        arrived: Arrived,
         *,
         copies: bool,
     ) -> None:
@@ -274,8 +279,10 @@ class RunWriter:
             self._background.make_room(size)  # before anything is changed: whoever waits may be interrupted
         if copies:
             given = {name: column.copied() for name, column in given.items()}
+        if not self._parts.has(given):
+            arrived()  # how columns are coded is decided by the first values
         part = self._parts.prepare(given, found, self._descriptions, self._retire)
-        self._do(size, partial(self._append, part, given, written, nonfinite))
+        self._do(size, partial(self._append, part, given, written, arrived))
         self.appended_bytes += size
         self._rows.update(rows)
 
@@ -371,12 +378,12 @@ class RunWriter:
             self._watched = False
             termination.unwatch()
 
-    def _append(self, part: PartWriter, given: dict[str, Cells], written: Written, nonfinite: Mapping[str, int]) -> None:
+    def _append(self, part: PartWriter, given: dict[str, Cells], written: Written, arrived: Arrived) -> None:
         size = sum(column.nbytes for column in given.values())
         with termination.postponed():
             with _Breaks(self):
                 self._start()
-                part.append(given, nonfinite)
+                part.append(given, arrived())
             self._uncommitted.append(written)
             if self._cadence.due(size, self._parts.held_bytes):
                 self._commit_pending()
