@@ -22,6 +22,11 @@ class StepOrder:
         self._last = dict(last)
         self._groups: list[frozenset[str]] = []
 
+    @property
+    def last(self) -> int:
+        """The latest step of any column; -1 without any."""
+        return max(self._last.values(), default=-1)
+
     def admit(self, steps: Sequence[int], columns: Iterable[str]) -> Array:
         """The steps as int64; SchemaError or KeyRepeatedError unless they may be appended to these columns."""
         numbers = np.asarray(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import uuid
 from collections import Counter
@@ -33,6 +34,7 @@ from .step_order import StepOrder
 
 Mode = Literal["create", "resume", "overwrite"]
 Arrived = Callable[[], Mapping[str, int]]  # waits for values; rows per column that hold NaN or infinity
+_log = logging.getLogger(__name__)
 RESERVE = 8 << 20  # bytes that a disk is left with
 
 
@@ -219,6 +221,13 @@ class RunWriter:
         self._from_step = int(step)
         self._take_over()
         self._parts.know(self.columns)
+        if 0 <= self._step_order.last < step - 1:
+            _log.warning(
+                "the steps %d to %d are missing from %s: they were not committed before the checkpoint was saved",
+                self._step_order.last + 1,
+                step - 1,
+                self.path,
+            )
 
     def drain(
         self,

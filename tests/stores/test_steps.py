@@ -171,6 +171,18 @@ def test_a_writer_rewinds_before_its_first_append(path):
             writer.rewind(1)
 
 
+def test_steps_that_a_checkpoint_left_behind_are_missed(path, caplog):
+    """A loop that saved its checkpoint without asking the recorder to commit."""
+    with writer_at(path) as writer:
+        train(writer, range(1, 4), 0)
+    with writer_at(path, "resume") as writer:
+        writer.rewind(4)
+    assert not caplog.records
+    with writer_at(path, "resume") as writer:
+        writer.rewind(7)
+    assert "the steps 4 to 6 are missing" in caplog.text
+
+
 def test_resuming_without_rewinding_refuses_steps_there_are(path):
     with writer_at(path) as writer:
         train(writer, range(1, 4), 0)
