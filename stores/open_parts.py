@@ -83,8 +83,8 @@ class OpenParts:
         return part
 
     def commit(self, kind: str, assets: Mapping[str, str]) -> None:
-        """Commit every part."""
-        for part in self._open():
+        """Commit every part; training steps last, so that whoever sees one sees the examples recorded in it, too."""
+        for part in sorted(self._open(), key=lambda part: "step/step" in part.columns):
             part.commit(kind, assets=assets)
 
     def know(self, columns: Mapping[str, ColumnSchema]) -> None:

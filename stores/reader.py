@@ -119,8 +119,9 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The latest training step that anything was recorded of; -1 outside training."""
-        return max((part.last_step() for part in self._parts), default=-1)
+        """The latest training step of the step table, or where there is none of the examples; -1 outside training."""
+        parts = self._keyed["step"][0] or self._keyed["example"][0]
+        return max((part.last_step() for part in parts), default=-1)
 
     def refresh(self) -> Self:
         """See what was committed since; columns that were taken from the run before stay as they were.
