@@ -311,12 +311,14 @@ class Recorder:
         """Commit, remove all hooks, close the run."""
         self._tap_set.remove()
         self._parameters.forget()
-        with self._storing:
-            if not self._storing.has_ended:
-                self._steps.flush()
-        with self._storing:
-            self.writer.close()
-        self._storing.say()
+        try:
+            with self._storing:
+                if not self._storing.has_ended:
+                    self._steps.flush()
+        finally:
+            with self._storing:
+                self.writer.close()
+            self._storing.say()
 
     def __enter__(self) -> Self:
         return self
