@@ -1,4 +1,8 @@
-"""A small training with Lightning; as a program, `python lightning_training.py FOLDER KILLS SEED`, it is killed again and again."""
+"""A small training with Lightning.
+
+As a program it is killed again and again, `python lightning_training.py FOLDER KILLS SEED`, or runs in two processes,
+`python lightning_training.py FOLDER ranks`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -67,6 +72,19 @@ class Language(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 7)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Whole(Language):
+    """A LightningModule that training_step calls itself."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T] to logits [B, T, words]."""
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Something to differentiate."""
+        return self(batch["input_ids"], batch["attention_mask"]).pow(2).mean()
 
 
 def batch_of(number: int) -> Batch:
@@ -168,7 +186,33 @@ def kill_once(folder: Path, dice: random.Random) -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
+def on_two_ranks(folder: Path, trained: Language, epochs: int, **recorded: Any) -> None:
+    """So many epochs of seven batches on each rank, two to a step, from the checkpoint of step 2 on, if there is one."""
+
+    def loader() -> Batches:
+        return Batches(7, first=200 * trained.global_rank)
+
+    trained.train_dataloader = loader  # ranks know which they are once they are started
+    callback = RecorderCallback(to=folder / "run.zarr", every=2, probe=probe_set(), durability="rename", **recorded)
+    saves = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    checkpoint = folder / "step=2.ckpt"
+    options = {"max_epochs": epochs, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+    going = trainer(folder, callback, saves, strategy="ddp_fork", devices=2, **options)
+    going.fit(trained, ckpt_path=checkpoint if checkpoint.exists() else None)
+
+
+def main(folder: Path, what: str, seed: str = "0") -> None:
+    """Do what the arguments say."""
+    if what == "whole":
+        on_two_ranks(folder / "whole", Whole(), 1, sites=SITES)
+    elif what == "ranks":
+        on_two_ranks(folder, Language(), 1, sites=SITES, module="model")
+        on_two_ranks(folder, Language(), 2, sites=SITES, module="model")
+    else:
+        dice = random.Random(int(seed))
+        for _ in range(int(what)):
+            kill_once(folder, dice)
+
+
 if __name__ == "__main__":
-    where, count, seed = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    for _ in range(count):
-        kill_once(where, seed)
+    main(Path(sys.argv[1]), *sys.argv[2:])

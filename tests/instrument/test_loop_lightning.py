@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning_training import LENGTHS, SITES, Batches, Language, Saves, batch_of, probe_set, trainer
+from lightning_training import LENGTHS, SITES, Batches, Language, Saves, Whole, batch_of, probe_set, trainer
 from tiny_models import hook_count, packed
 
 from tensortape.instrument import Schedule
@@ -27,7 +27,6 @@ from tensortape.stores import Run, open_run
 from tensortape.stores.errors import RunExistsError
 
 pytestmark = [  # of Lightning itself
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
@@ -264,16 +263,6 @@ def test_content_ids_and_batches_that_are_tuples(tmp_path):
     assert indexed.ids == [f"b{number}-{letter}" for number in (0, 2) for letter in "abc"]
     assert len(set(hashed.ids)) == 6
     np.testing.assert_array_equal(indexed["transformer.h.1:out"].rows(), hashed["transformer.h.1:out"].rows())
-
-
-class Whole(Language):
-    """A LightningModule that training_step calls itself."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch["input_ids"], batch["attention_mask"]).pow(2).mean()
 
 
 def test_the_lightning_module_itself(tmp_path):
@@ -517,6 +506,25 @@ def test_a_checkpoint_that_knows_of_no_run(tmp_path):
         trainer(tmp_path, callback_at(tmp_path / "run.zarr"), max_epochs=2).fit(
             Language(), Batches(7), ckpt_path=tmp_path / "plain.ckpt"
         )
+
+
+@pytest.mark.slow
+def test_ranks_record_into_one_run(tmp_path):
+    """Two processes that gloo connects, and two more that go on from a checkpoint of theirs."""
+    subprocess.run([sys.executable, small.__file__, tmp_path, "ranks"], check=True, capture_output=True)
+    run = open_run(tmp_path / "run.zarr")
+    assert run.verify().ok
+    assert run.steps[["step", "rank"]].values.tolist() == [[step, rank] for step in range(1, 9) for rank in (0, 1)]
+    of_ranks = run.steps.pivot(index="step", columns="rank", values=f"{NORM}|norm").dropna()
+    assert of_ranks.index.tolist() == [1, 3, 5, 7]
+    assert (of_ranks[0] == of_ranks[1]).all(), "gradients are averaged over the ranks"
+    numbers = {step: [0, 1, 2, 3, 4, 5, 6][2 * ((step - 1) % 4) :][:2] for step in (1, 3, 5, 7)}
+    expected = [(f"b{rank * 200 + n}-{x}", "train", s) for s in numbers for rank in (0, 1) for n in numbers[s] for x in "abc"]
+    assert sorted(key for key in run.keys if key[1] == "train") == sorted(expected)
+    assert {key[2] for key in run.keys if key[1] == "probe"} == {0, 2, 4, 6, 8}
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        subprocess.run([sys.executable, small.__file__, tmp_path, "whole"], check=True, capture_output=True, text=True)
+    assert "DDPStrategy calls training_step by the forward of Whole" in failed.value.stderr
 
 
 def test_validating_from_a_checkpoint_is_no_training(tmp_path):
