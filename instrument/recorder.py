@@ -313,14 +313,16 @@ class Recorder:
         """Commit, remove all hooks, close the run."""
         self._tap_set.remove()
         self._parameters.forget()
-        with self._storing:
-            if not (self._storing.has_ended or self._is_closed):
-                self._steps.flush()
-        with self._storing:
-            self.writer.close()
-        if not self._is_closed:
-            self._storing.say()
-        self._is_closed = True
+        try:
+            with self._storing:
+                if not (self._storing.has_ended or self._is_closed):
+                    self._steps.flush()
+        finally:
+            with self._storing:
+                self.writer.close()
+            if not self._is_closed:
+                self._storing.say()
+            self._is_closed = True
 
     def __enter__(self) -> Self:
         return self
