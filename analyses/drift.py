@@ -42,9 +42,9 @@ def drift(
     """What training does to sites, on examples that every step has: each step beside a reference step and beside the one before.
 
     `cka` is linear centred kernel alignment: 1 as long as rows are arranged alike, whatever rotation and scale. `cosine` is the
-    mean, over rows, of the cosine of a row now and then, so it notices rotations too; it is not centred, and features that are far from
-    zero in every row bring it near 1. `norm_ratio` is the mean norm of the rows now over that then. A step is read beside the two
-    it is held against and no others, so memory does not grow with the steps.
+    mean, over rows, of the cosine of a row now and then, so it notices rotations too; it is not centred, and features that are far
+    from zero in every row bring it near 1. `norm_ratio` is the mean norm of the rows now over that then. A step is read beside the
+    two it is held against and no others, so memory does not grow with the steps.
 
     Args:
         run: an open run of a training, with the same examples recorded again and again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_drift_is_what_numpy_says(run: Run, values: Values, reference: int | Non
     for layer in range(LAYERS):
         rows = {step: joined(values[step, layer]) for step in STEPS}
         then = [by_hand(rows[step], rows[reference or 0]) for step in STEPS]
-        before = [by_hand(rows[step], rows[last]) for last, step in zip(STEPS[:-1], STEPS[1:], strict=True)]
+        before = [by_hand(rows[step], rows[last]) for last, step in pairwise(STEPS)]
         np.testing.assert_allclose(measured(found)[layer, :, 0], then, rtol=1e-5)
         np.testing.assert_allclose(measured(found)[layer, 1:, 1], before, rtol=1e-5)
     assert np.isnan(measured(found)[:, 0, 1]).all(), "no step is before the first"
