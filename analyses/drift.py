@@ -179,7 +179,7 @@ def _measured(sides: tuple[Side, ...], how: _How) -> Array:
         gram = Gram(shift_of(next(source.pieces()[0].blocks())))
         [[sums, rows]] = sweep([Job(source, (gram, moved))], how.executor, title="comparing")
         cka = linear_cka(sums, source.widths)
-        error = np.zeros_like(cka)
+        error = np.full_like(cka, np.nan)
     else:
         cka, error = sampled(minibatches(sides, how.batches, how.batch_rows, how.seed), "linear", how.executor)
         [[rows]] = sweep([Job(source, (moved,))], how.executor, title="comparing")

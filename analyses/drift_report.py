@@ -28,7 +28,7 @@ class Drift(Result):
         steps: training steps [step].
         reference: the step that all are compared with.
         cka, cosine, norm_ratio: [site, step, against]: the reference, and the step before; NaN where there is none.
-        cka_error: standard errors of `cka`, where CKA is estimated from minibatches; 0 where it is the formula.
+        cka_error: standard errors of `cka`, where CKA is estimated from minibatches; NaN where it is the formula.
         examples: how many were compared. rows: how many rows of each site [site].
         phase, level: what was compared. seed: of the minibatches.
     """
@@ -72,7 +72,7 @@ class Drift(Result):
         return drift_figure(self)
 
     def __repr__(self) -> str:
-        estimated = ", CKA estimated from minibatches" if np.nan_to_num(self.cka_error).any() else ""
+        estimated = ", CKA estimated from minibatches" if np.isfinite(self.cka_error).any() else ""
         return (
             f"<Drift of {len(self.sites)} sites over {len(self.steps)} steps, {self.steps[0]} to {self.steps[-1]}, from step "
             f"{self.reference}: {self.examples} examples of phase {self.phase!r}, {int(self.rows.max())} rows ({self.level})"

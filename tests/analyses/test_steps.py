@@ -137,7 +137,7 @@ def test_sites_too_wide_for_the_formula_are_estimated(run: Run, monkeypatch: pyt
     monkeypatch.setattr(similarity, "WIDEST", 3 * WIDTH - 1)
     estimated, formula = (drift(run, estimate=how, batches=6, batch_rows=35) for how in ("auto", "full"))
     assert (estimated.cka_error[:, 2, 0] > 0).all()
-    assert not formula.cka_error[:, 1:].any()
+    assert np.isnan(formula.cka_error).all()
     np.testing.assert_allclose(estimated.cka[:, 1:], formula.cka[:, 1:], atol=0.1)
     np.testing.assert_array_equal(estimated.cosine, formula.cosine)
     assert "estimated" in repr(estimated)
