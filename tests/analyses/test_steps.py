@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import Executor
 from itertools import pairwise
 from pathlib import Path
@@ -143,6 +144,28 @@ def test_sites_too_wide_for_the_formula_are_estimated(run: Run, monkeypatch: pyt
     assert "estimated" in repr(estimated)
     with pytest.raises(ValueError, match="estimate is one of"):
         drift(run, estimate="exact")  # type: ignore[arg-type]
+
+
+def test_memory_does_not_grow_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aligned, "BLOCK_BYTES", 4 * 3 * 61 * 100)
+    monkeypatch.setattr(aligned, "PIECE_BYTES", 4 * 3 * 61 * 500)
+    rng = np.random.default_rng(0)
+    with RunWriter(tmp_path / "run.zarr", durability="rename") as writer:
+        writer.describe("token/layers.0:out", site=site(0))
+        for step in range(23):
+            rows = [rng.normal(size=(1100, 61)).astype(np.float32) for _ in range(2)]
+            writer.append(ids=["a", "b"], columns={"token/layers.0:out": rows}, phase="probe", step=step)
+    run = open_run(tmp_path / "run.zarr", verify="off")
+
+    def peak(steps: range) -> int:
+        tracemalloc.start()
+        drift(run, steps=steps)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(range(2))  # what is read once
+    assert peak(range(23)) < 1.2 * peak(range(4)) < 23 * 2200 * 61 * 4 / 3
 
 
 def test_a_step_at_which_training_has_blown_up(values: Values, tmp_path: Path) -> None:
