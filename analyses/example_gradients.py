@@ -6,7 +6,9 @@ With y_t = W x_t + b, the gradient of an example's loss is G = sum_t g_t x_t^T, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from tensortape.stores.selection import is_companion, site_name
 from .errors import AnalysisError
 from .examples import Examples, example_mask
 from .gradients import Assume, check_declared
-from .outer_products import OuterProducts, Plan
+from .outer_products import Factors, Plan, Sums
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +87,8 @@ class ExampleGradients:
         return self._products(rows, rows if others is None else self._numbers(others))
 
     def __getitem__(self, example: int) -> Array:
-        found: Array = self._factors(np.array([example])).sums[0]
+        one = self._factors(np.array([example]))
+        found: Array = one.g.T @ one.x
         return found
 
     def __len__(self) -> int:
@@ -104,14 +107,14 @@ class ExampleGradients:
     def _products(self, rows: Array, columns: Array) -> Array:
         plan = Plan(self._lengths(rows), self._lengths(columns), *self.shape[1:])
         found = np.empty((len(rows), len(columns)))
+        taken: Callable[[Array], Any] = self._factors if plan.is_of_factors else self._sums
         for down in plan.blocks(plan.rows):
-            here = self._factors(rows[down])
+            here = taken(rows[down])
             for across in plan.blocks(plan.columns):
                 if rows is columns and across.start < down.start:
                     found[down, across] = found[across, down].T
                     continue
-                there = here if rows is columns and across == down else self._factors(columns[across])
-                found[down, across] = here.by_tokens(there) if plan.is_by_tokens else here.by_sums(there)
+                found[down, across] = here.products(here if rows is columns and across == down else taken(columns[across]))
         return found
 
     def _lengths(self, numbers: Array) -> Array:
@@ -119,10 +122,17 @@ class ExampleGradients:
         found: Array = np.sum([np.maximum(column.lengths, 0) for column in self.inputs], axis=0)[numbers]
         return found
 
-    def _factors(self, numbers: Array) -> OuterProducts:
-        """What the gradients of some examples are made of."""
+    def _sums(self, numbers: Array) -> Sums:
+        """The gradients of some examples."""
+        flat = np.empty((len(numbers), self.shape[1] * self.shape[2]))
+        for row, number in zip(flat, numbers.tolist(), strict=True):
+            row[:] = self[number].ravel()
+        return Sums(flat)
+
+    def _factors(self, numbers: Array) -> Factors:
+        """What they are made of."""
         g, x = ([_rows(column, number) for number in numbers.tolist() for column in of] for of in (self.outputs, self.inputs))
-        return OuterProducts(np.concatenate(g), np.concatenate(x), self._lengths(numbers))
+        return Factors(np.concatenate(g), np.concatenate(x), self._lengths(numbers))
 
 
 def example_gradients(run: Run, module: str, target: str = "loss", *, assume: Assume = None) -> ExampleGradients:

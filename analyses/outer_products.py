@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -16,8 +15,8 @@ BLOCK_ROWS = 2048  # tokens whose inner products are held at a time
 
 
 @dataclass(frozen=True)
-class OuterProducts:
-    """G_i = sum_t g_t x_t^T of some examples.
+class Factors:
+    """Some sums G_i = sum_t g_t x_t^T by what they are made of.
 
     Args:
         g: [tokens, out], of all examples one after another; float64.
@@ -29,26 +28,28 @@ class OuterProducts:
     x: Array
     lengths: Array
 
-    @cached_property
-    def sums(self) -> Array:
-        """[examples, out, in]."""
-        bounds = np.cumsum([0, *self.lengths.tolist()])
-        return np.stack([self.g[a:b].T @ self.x[a:b] for a, b in pairwise(bounds.tolist())])
-
-    def by_tokens(self, other: OuterProducts) -> Array:
+    def products(self, other: Factors) -> Array:
         """<G_i, G_j> = sum_ts (g_it . g_js)(x_it . x_js); [examples, others]."""
-        products = (self.g @ other.g.T) * (self.x @ other.x.T)
+        products = self.g @ other.g.T
+        products *= self.x @ other.x.T
         return _summed(_summed(products, self.lengths).T, other.lengths).T
 
-    def by_sums(self, other: OuterProducts) -> Array:
-        """The same of the sums themselves."""
-        found: Array = self.sums.reshape(len(self.lengths), -1) @ other.sums.reshape(len(other.lengths), -1).T
+
+@dataclass(frozen=True)
+class Sums:
+    """Some sums G_i themselves; [examples, out * in], float64."""
+
+    flat: Array
+
+    def products(self, other: Sums) -> Array:
+        """<G_i, G_j>; [examples, others]."""
+        found: Array = self.flat @ other.flat.T
         return found
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How inner products of examples are computed: through tokens or of sums, and so many of either at a time.
+    """How inner products of examples are computed: of factors or of sums, and so many of either at a time.
 
     Args:
         rows, columns: tokens of each example on both sides.
@@ -61,7 +62,7 @@ class Plan:
     width: int
 
     @cached_property
-    def is_by_tokens(self) -> bool:
+    def is_of_factors(self) -> bool:
         """Whether a pair of examples takes no more multiplications through its tokens than a pair of sums, and its share of making
         them: those of a block of rows are kept while all columns go by."""
         kept = min(self._sums_at_once, len(self.rows))
@@ -71,7 +72,7 @@ class Plan:
 
     def blocks(self, lengths: Array) -> Iterator[slice]:
         """Examples that are taken together, at least one."""
-        sizes, most = (lengths, BLOCK_ROWS) if self.is_by_tokens else (np.ones_like(lengths), self._sums_at_once)
+        sizes, most = (lengths, BLOCK_ROWS) if self.is_of_factors else (np.ones_like(lengths), self._sums_at_once)
         start = 0
         while start < len(lengths):
             fitting = int(np.searchsorted(np.cumsum(sizes[start:]), most, "right"))

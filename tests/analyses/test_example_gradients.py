@@ -119,13 +119,13 @@ def test_they_are_those_of_vmap(recorded: tuple[nn.Module, Run]) -> None:
 
 @pytest.mark.parametrize("rows", [1, 9, 10**6])
 @pytest.mark.parametrize("sums", [1, 2, 100])
-@pytest.mark.parametrize("by_tokens", [True, False])
+@pytest.mark.parametrize("of_factors", [True, False])
 def test_both_ways_and_all_blocks_agree(
-    recorded: tuple[nn.Module, Run], monkeypatch: pytest.MonkeyPatch, rows: int, sums: int, by_tokens: bool
+    recorded: tuple[nn.Module, Run], monkeypatch: pytest.MonkeyPatch, rows: int, sums: int, of_factors: bool
 ) -> None:
     monkeypatch.setattr(outer_products, "BLOCK_ROWS", rows)
     monkeypatch.setattr(outer_products, "BLOCK_BYTES", sums * 8 * HIDDEN * INNER)
-    monkeypatch.setattr(outer_products.Plan, "is_by_tokens", by_tokens)
+    monkeypatch.setattr(outer_products.Plan, "is_of_factors", of_factors)
     found = example_gradients(recorded[1], LAYER)
     every = np.stack([found[number].ravel() for number in range(len(IDS))])
     np.testing.assert_allclose(found.inner_products(), every @ every.T, rtol=1e-9, atol=1e-12)
