@@ -7,7 +7,10 @@ from .anchor_positions import AnchorPositions, anchor_positions
 from .attention_map import AttentionMap, attention_map
 from .cavs import CAV, CAVs, ConceptScores
 from .concepts import fit_cavs
+from .drift import drift
+from .drift_report import Drift
 from .errors import AnalysisError
+from .example_gradients import ExampleGradients, example_gradients
 from .head_report import HeadStats
 from .heads import head_stats
 from .neuron_table import NeuronTable
@@ -21,6 +24,7 @@ from .rollout import Rollout, rollout
 from .saliency import gradient_x_input, token_saliency
 from .similarities import Similarity
 from .similarity import cka
+from .step_probes import ProbeSteps, probe_steps
 from .sweep import Accumulator, Job, sweep
 from .tcav import tcav
 from .tcav_report import TCAV, TCAVScore
@@ -38,12 +42,15 @@ __all__ = [
     "AttentionMap",
     "CAVs",
     "ConceptScores",
+    "Drift",
     "Embedding2D",
+    "ExampleGradients",
     "HeadStats",
     "Job",
     "NeuronTable",
     "ProbeReport",
     "ProbeScore",
+    "ProbeSteps",
     "Projections",
     "Result",
     "Rollout",
@@ -56,12 +63,15 @@ __all__ = [
     "anchor_positions",
     "attention_map",
     "cka",
+    "drift",
+    "example_gradients",
     "fit_cavs",
     "fit_probes",
     "gradient_x_input",
     "head_stats",
     "neuron_table",
     "pca",
+    "probe_steps",
     "rollout",
     "sweep",
     "tcav",

@@ -104,10 +104,15 @@ def partners(mine: Space, theirs: Space) -> tuple[Array, Array]:
             f"example {mine.run.ids[one]!r} has {counts[one]} rows in {mine.run.path} and {other[there]} in {theirs.run.path}; "
             "compare runs of the same tokens, or level='example'"
         )
-    rows = np.flatnonzero(np.isin(mine.owner, both))
-    owner = mine.owner[rows]
-    starts, beginnings = np.cumsum(counts) - counts, np.cumsum(other) - other
-    return rows, beginnings[partner[owner]] + rows - starts[owner]
+    return rows_of(mine, both), rows_of(theirs, partner[both])
+
+
+def rows_of(space: Space, examples: Array) -> Array:
+    """The rows of some examples, one after the other in the order given, by number; int64."""
+    counts = np.bincount(space.owner, minlength=len(space.run))
+    starts, lengths = (np.cumsum(counts) - counts)[examples], counts[examples]
+    found: Array = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+    return found
 
 
 def side(run: Run, space: Space, names: Sequence[str], rows: Array | None = None) -> Side:

@@ -21,7 +21,7 @@ from .errors import CAVError
 from .gram import shift_of
 from .readings import Reading, gradients, site_of
 from .rows import Pool
-from .spaces import DOCUMENT, space
+from .spaces import group_column, space
 from .sweep import Job, sweep
 
 
@@ -100,7 +100,7 @@ def fit_cavs(
         cavs=found,
         level=level,
         pool=pool,
-        groups=groups or (DOCUMENT if DOCUMENT.partition("/")[2] in run.tables["example"] else "example/id"),
+        groups=groups or group_column(run),
         seed=seed,
         strength=strength,
         origin={"run": run.uid, "model": {name: value for name, value in run.model.items() if name != "config"}},

@@ -5,6 +5,7 @@ AnalysisError
 ├── LabelError (ValueError)     labels that no analysis can be made of
 ├── SizeError (ValueError)      more components, rows or neighbours than there are
 ├── JoinError (ValueError)      two runs that do not hold the same rows of the same examples
+├── StepError (ValueError)      training steps that were not recorded, or have no example in common
 ├── CAVError (ValueError)       concept activation vectors that cannot be had, or do not go with what they were given with
 ├── DegenerateGradientsError (ValueError)  gradients that are the same for every example
 └── ResultFileError (ValueError)  a file that holds no such result
@@ -29,6 +30,10 @@ class SizeError(AnalysisError, ValueError):
 
 class JoinError(AnalysisError, ValueError):
     """Two runs that do not hold the same rows of the same examples."""
+
+
+class StepError(AnalysisError, ValueError):
+    """Training steps that were not recorded, or that have no example in common."""
 
 
 class CAVError(AnalysisError, ValueError):

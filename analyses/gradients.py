@@ -25,15 +25,13 @@ def gradient_at(run: Run, site: str, target: str = "loss", *, assume: Assume = N
         UnknownColumnError: no gradient, or more than one, is of that site and target.
         GradientError: nobody has said how the target joins the examples of its batch.
     """
-    if assume not in (None, "sum"):
-        raise ValueError(f"assume is 'sum' or None, not {assume!r}")
     every = [column for column in run.sites if site_name(column).is_gradient and not is_companion(column)]
     found = [column for column in every if site_name(column).target == target and _is_of(Pattern(site), column, run)]
     if len(found) != 1:
         names = ", ".join(column.name for column in found or every) or "none; record sites=['resid_post:out.grad'] with targets="
         said = "they are" if found else "the run has"
         raise UnknownColumnError(f"{len(found)} gradients of target {target!r} are with respect to {site!r}; {said} {names}")
-    _check_declared(found[0], assume)
+    check_declared(found[0], assume)
     return found[0]
 
 
@@ -55,7 +53,10 @@ def _is_of(pattern: Pattern, column: Column, run: Run) -> bool:
     return any(map(pattern.matches_alias, run.aliases(column))) or pattern.matches_path(value)
 
 
-def _check_declared(column: Column, assume: Assume) -> None:
+def check_declared(column: Column, assume: Assume) -> None:
+    """GradientError where nobody has said how the target of a gradient joins its examples, unless that is assumed."""
+    if assume not in (None, "sum"):
+        raise ValueError(f"assume is 'sum' or None, not {assume!r}")
     if (column.site or {})["target"]["reduction"] is None and assume is None:
         raise GradientError(
             f"{column.name} is the gradient of a scalar of which nobody has said how it joins the examples of its batch, so what "

@@ -16,9 +16,10 @@ from tensortape.stores.patterns import Alias
 
 from . import controls
 from .errors import LabelError
+from .examples import Examples, example_mask
 from .probe_report import LabelSet, ProbeReport, ProbeScore
 from .rows import Pool
-from .spaces import DOCUMENT, Labels, read_labels, space
+from .spaces import Labels, group_column, read_labels, space
 from .splits import split
 from .study import Kind, Manner, Study
 from .tasks import CELL, Probe
@@ -41,6 +42,7 @@ def fit_probes(
     folds: int | None = None,
     strength: float = 1.0,
     bootstrap: int = 1000,
+    examples: Examples = None,
     seed: int = 0,
     executor: Executor | None = None,
     keep: bool = True,
@@ -66,6 +68,8 @@ def fit_probes(
         folds: instead, test on each of so many folds, trained on the others. `probe` is then the last fold's.
         strength: of the penalty; 1 / C of scikit-learn.
         bootstrap: draws for the interval of the accuracy.
+        examples: so many, drawn by `seed`; numbers of examples (as of `run.where`); or a mask. All if not given. Of a baseline,
+            those with the same ids.
         seed: of the split, the control task and the draws.
         executor: who reads and computes; see `sweep`.
         keep: keep sums in the run, so that they are not computed twice.
@@ -81,7 +85,8 @@ def fit_probes(
     if mdl and (folds is not None or fit != "exact"):
         raise LabelError("an online code is sent in order, by logistic regression: mdl=True needs fit='exact' and no folds")
     manner = Manner(fit, strength, executor, keep)
-    rows = space(run, columns, label_columns, level, pool)
+    here = example_mask(run, examples, seed)
+    rows = space(run, columns, label_columns, level, pool, here)
     of_groups = rows.groups(groups)
     parts = split(of_groups, rows.owner, test_share=test_share, folds=folds, blocks=mdl, seed=seed)
     study = Study(rows, parts, {CELL: parts.of_row, GROUP: np.unique(of_groups, return_inverse=True)[1][rows.owner]})
@@ -92,14 +97,14 @@ def fit_probes(
     fitted = {column.name: study.fit(column, manner) for column in columns}
     untrained = None if baseline is None else fit_probes(
         baseline, labels=names, sites=sites, fit=fit, level=level, pool=pool, groups=groups, test_share=test_share, folds=folds,
-        strength=strength, bootstrap=0, seed=seed, executor=executor, keep=keep,
+        strength=strength, bootstrap=0, examples=_alike(baseline, run, here), seed=seed, executor=executor, keep=keep,
     )  # fmt: skip
     found = [one.score(run, column, fitted[column.name], bootstrap) for one in sets for column in columns]
     return ProbeReport(
         sets=tuple(one.described() for one in sets),
         scores=tuple(found if untrained is None else _beside(found, untrained)),
         fit=fit,
-        groups=groups or (DOCUMENT if len(set(of_groups)) < len(run) else "example/id"),
+        groups=groups or group_column(run),
         level=rows.level,
         seed=seed,
     )
@@ -179,3 +184,11 @@ class _Set:
 def _beside(scores: Sequence[ProbeScore], untrained: ProbeReport) -> list[ProbeScore]:
     accuracy = {(score.labels, score.site): score.accuracy for score in untrained.scores}
     return [replace(score, random_init=accuracy.get((score.labels, score.site))) for score in scores]
+
+
+def _alike(other: Run, run: Run, here: Array) -> Array:
+    """The examples of another run whose ids those chosen of this one have, all where all are chosen; bool."""
+    if here.all():
+        return np.ones(len(other), bool)
+    chosen = {id_ for id_, wanted in zip(run.ids, here.tolist(), strict=True) if wanted}
+    return np.array([id_ in chosen for id_ in other.ids], bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -66,15 +66,12 @@ def cka(
     columns = run.select(sites)
     columns_there = columns if other is None else other.select(sites if other_sites is None else other_sites)
     sides = _sides(columns, run, columns_there, other, level, pool)
-    if estimate == "full" and kind != "linear":
-        raise ValueError(f"kind={kind!r} is only estimated by minibatches; leave out estimate='full'")
-    width = sum(sum(one.widths) for one in sides)
-    if estimate == "full" or (estimate == "auto" and kind == "linear" and width <= WIDEST):
+    if uses_formula(estimate, kind, sides):
         source = Aligned.whole(sides)
         matrix, error = _full(source, executor), None
     else:
-        source = _minibatches(sides, batches, batch_rows, seed)
-        matrix, error = _sampled(source, kind, executor)
+        source = minibatches(sides, batches, batch_rows, seed)
+        matrix, error = sampled(source, kind, executor)
     here, there = slice(0, len(columns)), slice(-len(columns_there), None)
     return Similarity(
         sites=tuple(str(site_name(column)) for column in columns),
@@ -90,6 +87,16 @@ def cka(
         seed=seed,
         joined=other is not None,
     )
+
+
+def uses_formula(estimate: Estimate, kind: Kernel, sides: Sequence[Side]) -> bool:
+    """Whether CKA of some sides is by the formula, on all rows; ValueError where that was asked for and is not possible."""
+    if estimate not in get_args(Estimate):
+        raise ValueError(f"estimate is one of {', '.join(get_args(Estimate))}, not {estimate!r}")
+    if estimate == "full" and kind != "linear":
+        raise ValueError(f"kind={kind!r} is only estimated by minibatches; leave out estimate='full'")
+    width = sum(sum(one.widths) for one in sides)
+    return estimate == "full" or (estimate == "auto" and kind == "linear" and width <= WIDEST)
 
 
 def _sides(
@@ -118,7 +125,8 @@ def linear_cka(sums: Sums, widths: Sequence[int]) -> Array:
     return _normalised(across)
 
 
-def _minibatches(sides: tuple[Side, ...], batches: int, batch_rows: int, seed: int) -> Aligned:
+def minibatches(sides: tuple[Side, ...], batches: int, batch_rows: int, seed: int) -> Aligned:
+    """Rows of some sides, as many minibatches as there are rows for; the same rows for the same seed and number of rows."""
     count = len(sides[0].rows)
     rows = min(batch_rows, count)
     if rows < LEAST_ROWS:
@@ -128,7 +136,7 @@ def _minibatches(sides: tuple[Side, ...], batches: int, batch_rows: int, seed: i
     return Aligned(sides, tuple(np.sort(drawn, axis=1)))
 
 
-def _sampled(source: Aligned, kind: Kernel, executor: Executor | None) -> tuple[Array, Array]:
+def sampled(source: Aligned, kind: Kernel, executor: Executor | None) -> tuple[Array, Array]:
     """CKA of the HSIC of all minibatches, and its standard error by the jackknife (NaN for one batch); [columns, columns] both."""
     [[found]] = sweep([Job(source, (Hsic(source.widths, kind),))], executor, title="comparing")
     total, count = found.sum(0), len(found)

@@ -19,7 +19,7 @@ from .errors import LabelError
 from .rows import Merged, Pool, Rows
 
 MISSING = -100
-DOCUMENT = "example/document"
+DOCUMENT, ID = "example/document", "example/id"
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,21 @@ class Space:
         return np.unique(of_row, return_inverse=True)[1]
 
     def groups(self, name: str | None) -> list[str]:
-        """The group of each example of the run, as text: a column's values, by default the documents, else its id."""
-        if name is None and DOCUMENT.partition("/")[2] not in self.run.tables["example"]:
+        """The group of each example of the run, as text: a column's values, by default of `group_column`."""
+        name = name or group_column(self.run)
+        if name == ID:
             return [str(id_) for id_ in self.run.ids]
-        return [str(value) for value in _of_examples(self.run[name or DOCUMENT], len(self.run)).tolist()]
+        return [str(value) for value in _of_examples(self.run[name], len(self.run)).tolist()]
 
 
-def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: str | None, pool: Pool = "mean") -> Space:
+def space(
+    run: Run,
+    columns: Sequence[Column],
+    labels: Sequence[Column],
+    level: str | None,
+    pool: Pool = "mean",
+    examples: Array | None = None,
+) -> Space:
     """The rows that labels and sites have in common.
 
     Args:
@@ -87,6 +95,7 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
         level: `token` (every row of the sites), `example`, or the name of a column that numbers words or spans: consecutive rows of
             an example with the same number, not below 0, are one row. If not given, what the labels are of.
         pool: how tokens are joined: `first`, `last` or `mean`.
+        examples: only these; bool, one per example of the run.
 
     Raises:
         LabelError: sites and labels have no rows in common.
@@ -105,16 +114,21 @@ def space(run: Run, columns: Sequence[Column], labels: Sequence[Column], level: 
             )
     numbering = run[level] if level not in ("token", "example") else None
     needed = [*columns, *labels, *([] if numbering is None else [numbering])]
-    examples = np.logical_and.reduce([column.present for column in needed])
-    whole = _with_rows(Space(run, table, examples, None, level), needed)
+    here = np.logical_and.reduce([*([] if examples is None else [examples]), *(column.present for column in needed)])
+    whole = _with_rows(Space(run, table, here, None, level), needed)
     if level == "token" or table == "example":
         return whole
-    return _with_rows(Space(run, table, examples, _merged(whole, numbering, pool), level), needed)
+    return _with_rows(Space(run, table, here, _merged(whole, numbering, pool), level), needed)
+
+
+def group_column(run: Run) -> str:
+    """What examples are grouped by unless something else is asked for: their document where that is known, else their id."""
+    return DOCUMENT if DOCUMENT.partition("/")[2] in run.tables["example"] else ID
 
 
 def _with_rows(space: Space, needed: Sequence[Column]) -> Space:
     if not len(space):
-        raise LabelError(f"no example of the run has rows of all of {', '.join(column.name for column in needed)}")
+        raise LabelError(f"no example, of those asked for, has rows of all of {', '.join(column.name for column in needed)}")
     return space
 
 

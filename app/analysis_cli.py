@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,8 @@ def probe(
     test_share: Annotated[float, typer.Option(help="About this share of the rows is held out.")] = 0.25,
     folds: Annotated[int | None, typer.Option(help="Instead, test on each of so many folds.")] = None,
     strength: Annotated[float, typer.Option(help="Of the penalty.")] = 1.0,
+    per_step: Annotated[bool, typer.Option("--per-step", help="At each step of a training, on the same examples.")] = False,
+    phase: Annotated[str, typer.Option(help="With --per-step: of these examples.")] = "probe",
     seed: Annotated[int, typer.Option(help="Of the split and the control task.")] = 0,
     csv: Csv = None,
     plot: Plot = None,
@@ -35,26 +37,55 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Fit a linear probe per site for each column of labels, beside what it is to be held against."""
-    from tensortape.analyses import fit_probes
+    from tensortape.analyses import fit_probes, probe_steps
     from tensortape.stores import open_run
 
-    report = fit_probes(
+    opened = open_run(run)
+    options: dict[str, Any] = {
+        "fit": fit, "control": control, "level": level, "pool": pool, "groups": groups, "test_share": test_share, "folds": folds,
+        "strength": strength, "seed": seed,
+    }  # fmt: skip
+    if per_step:
+        if mdl or baseline is not None:
+            raise typer.BadParameter("--per-step goes without --mdl and --baseline: step 0 is the model before training")
+        steps = probe_steps(opened, labels, sites, phase=phase, **options)
+        present(steps, csv=csv, plot=plot, out=out, as_json=as_json)
+        return
+    untrained = None if baseline is None else open_run(baseline)
+    report = fit_probes(opened, labels=labels, sites=sites, mdl=mdl, baseline=untrained, **options)
+    present(report, csv=csv, plot=plot, out=out, as_json=as_json)
+
+
+@commands.command()
+def drift(
+    run: RunPath,
+    sites: Annotated[list[str], typer.Option(help="Which sites; may be given several times.")] = ["resid_post"],  # noqa: B006
+    phase: Annotated[str, typer.Option(help="Of the examples that are recorded at every step.")] = "probe",
+    steps: Annotated[list[int] | None, typer.Option("--step", help="Which steps; may be given several times; all if not.")] = None,
+    reference: Annotated[int | None, typer.Option(help="The step to compare with; the first if not given.")] = None,
+    level: Annotated[str, typer.Option(help="What a row is: token, example, or a column that numbers words.")] = "token",
+    pool: Annotated[str, typer.Option(help="How tokens are joined: first, last or mean.")] = "mean",
+    seed: Annotated[int, typer.Option(help="Of the minibatches that wide sites are estimated from.")] = 0,
+    csv: Csv = None,
+    plot: Plot = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare sites across the steps of a training: CKA, cosine and norm, beside a reference step and the step before."""
+    from tensortape.analyses import drift as compare
+    from tensortape.stores import open_run
+
+    found = compare(
         open_run(run),
-        labels=labels,
-        sites=sites,
-        fit=fit,  # type: ignore[arg-type]
-        control=control,
-        mdl=mdl,
-        baseline=None if baseline is None else open_run(baseline),
+        sites,
+        phase=phase,
+        steps=steps,
+        reference=reference,
         level=level,
         pool=pool,  # type: ignore[arg-type]
-        groups=groups,
-        test_share=test_share,
-        folds=folds,
-        strength=strength,
         seed=seed,
     )
-    present(report, csv=csv, plot=plot, out=out, as_json=as_json)
+    present(found, csv=csv, plot=plot, out=out, as_json=as_json)
 
 
 @commands.command()

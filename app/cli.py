@@ -124,12 +124,21 @@ def plan(
 
 
 @app.command()
-def info(run: RunPath, as_json: AsJson = False) -> None:
+def info(
+    run: RunPath,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="While it is being recorded: a line whenever something was committed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what a run holds: tables, columns, dtypes, bytes, model, commits."""
     from tensortape.stores import open_run
 
-    from . import show
+    from . import follow_command, show
 
+    if follow:
+        follow_command.print_followed(run, as_json=as_json)
+        return
     echo(show.info(open_run(run)), show.info_lines, as_json=as_json)
 
 
