@@ -87,6 +87,7 @@ def test_every_error_is_a_store_error_and_one_of_pythons_own():
         "FormatVersionError": ValueError,
         "DamagedError": OSError,
         "LostPartError": RuntimeError,
+        "RunEndedError": RuntimeError,
         "BrokenWriterError": RuntimeError,
         "DiskShortError": OSError,
         "UnsafePlaceError": RuntimeError,
