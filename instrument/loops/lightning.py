@@ -213,9 +213,11 @@ class RecorderCallback(Callback):
     def _leave(self, error: BaseException | None = None) -> None:
         """The batch is done; with an error it is not recorded."""
         stack, self._batch = self._batch, None
-        if stack is not None and error is None:
+        if stack is None:
+            return
+        if error is None:
             stack.close()
-        elif stack is not None:
+        else:
             stack.__exit__(type(error), error, error.__traceback__)
 
     def _close(self) -> None:
