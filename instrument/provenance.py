@@ -28,10 +28,10 @@ _NOT_COMPUTING = frozenset(
 )
 
 
-def about(model: nn.Module) -> dict[str, Json]:
-    """The `model`, `provenance` and `fingerprint` of the run document."""
+def about(model: nn.Module, *, trains: bool = False) -> dict[str, Json]:
+    """The `model`, `provenance` and `fingerprint` of the run document; one that trains is recognised by its shapes alone."""
     config = getattr(model, "config", None)
-    recognised: Json = {"weights": fingerprint(model)}
+    recognised: Json = {"shapes": fingerprint(model, values=False)} if trains else {"weights": fingerprint(model)}
     described: Json = {
         "class": _class_name(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -44,12 +44,12 @@ def about(model: nn.Module) -> dict[str, Json]:
     return {"model": described, "provenance": _versions(), "fingerprint": recognised}
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, *, values: bool = True) -> str:
     """A digest of every parameter's and buffer's name, shape, dtype and (an even sample of) values."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sampled(tensor)}\n".encode())
+            found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sampled(tensor) if values else ''}\n".encode())
     return found.hexdigest()
 
 

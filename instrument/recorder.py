@@ -114,7 +114,7 @@ class Recorder:
         self._tap_set = TapSet(self._model, self._taps, traceable=self._stays)
         self._batch: Batch | None = None
         self._scale = 1.0
-        said = about(self._model)
+        said = about(self._model, trains=self._progress.counts)
         found = session_of(os.fspath(to), session)
         self.writer = RunWriter(
             to,
@@ -270,6 +270,12 @@ class Recorder:
                 self._steps.add(number, row)
         self._metrics.send(number, self.writer)
         self._open_step()
+
+    def note(self, **values: Any) -> None:
+        """Say more of the step that is done than was known then, such as the result of an evaluation. Each value once a step."""
+        if values and not self._storing.has_ended:
+            with self._storing:
+                self._steps.add(self._progress.done, values)
 
     def begin_epoch(self, epoch: int) -> None:
         """The step under way is the first of an epoch, of this number from 0; for schedules that name epochs."""
