@@ -297,12 +297,12 @@ def on_call(module: nn.Module, hook: Callable[[dict[str, Any]], None]) -> Remova
         hook(kwargs)
         return args, kwargs
 
-    return module.register_forward_pre_hook(_Own(before), with_kwargs=True, prepend=True)
+    return module.register_forward_pre_hook(_Own(_untraced(before)), with_kwargs=True, prepend=True)
 
 
 def on_output(module: nn.Module, hook: Callable[[Any], None]) -> RemovableHandle:
     """See what every call of a module gives."""
-    return module.register_forward_hook(_Own(lambda module, args, output: hook(output)))
+    return module.register_forward_hook(_Own(_untraced(lambda module, args, output: hook(output))))
 
 
 def _in_backward() -> bool:

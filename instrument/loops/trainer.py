@@ -102,6 +102,8 @@ class RecorderCallback(TrainerCallback):
         goes_on = state.global_step if mode == "resume" else None
         self._training = Training(model, columns, goes_on=goes_on, options={**self._options, "mode": mode}, **self._given)
         atexit.register(self.close)
+        if args.torch_compile:
+            self._training.recorder.attach()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._training is not None:

@@ -104,8 +104,8 @@ class Training:
     def note(self, logs: Mapping[str, Any]) -> None:
         """Numbers that were logged of the step that is done. Of several under one name the first counts."""
         done = self.recorder.steps
-        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float) and name != "epoch"}
-        new = [name for name in numbers if not name.startswith(PREFIX) and self._noted.get(name, self._begun) < done]
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float) and _is_of_step(name)}
+        new = [name for name in numbers if self._noted.get(name, self._begun) < done]
         self._noted.update(dict.fromkeys(new, done))
         self.recorder.note(**{f"log.{name}": numbers[name] for name in new})
 
@@ -125,3 +125,8 @@ class Training:
         loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
         if self._batch is not None and isinstance(loss, torch.Tensor) and not loss.ndim:
             self._losses.append(loss.detach())
+
+
+def _is_of_step(name: str) -> bool:
+    """Whether what is logged under a name is of the training, and not our own or of the machine's speed."""
+    return not name.startswith(PREFIX) and not name.endswith(("epoch", "_runtime", "_per_second"))
