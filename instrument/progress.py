@@ -50,7 +50,8 @@ class Progress:
 
     def begin_epoch(self, epoch: int) -> None:
         """The step under way is the first of an epoch."""
-        self._epoch, self._due = epoch, None
+        self._epoch = epoch
+        self._due = self._due or None  # a step that is due by the clock already is not asked for again
 
     def go_to(self, done: int) -> None:
         """So many steps are done."""

@@ -69,7 +69,8 @@ class Recorder:
         background: write in a thread of its own, while the model goes on; what fails there is raised by the next batch.
         session: what recorders that belong together have in common. The ranks of a process group agree on one by themselves; each
             writes a part of its own, and readers see one run.
-        fingerprint: more that a resumed recording must agree with, besides the model's weights; a JSON object.
+        fingerprint: more that a resumed recording must agree with, besides the model's weights (their shapes, where it trains); a
+                JSON object.
         commit_seconds, commit_bytes: as for `RunWriter`.
         recompile: if the model is compiled already, reset torch.compile so that it is compiled anew with the hooks.
         storage_options: as for `RunWriter`.
