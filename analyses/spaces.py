@@ -128,7 +128,9 @@ def group_column(run: Run) -> str:
 
 def _with_rows(space: Space, needed: Sequence[Column]) -> Space:
     if not len(space):
-        raise LabelError(f"no example, of those asked for, has rows of all of {', '.join(column.name for column in needed)}")
+        raise LabelError(
+            f"no example of the run has rows of all of {', '.join(column.name for column in needed)}, or none of those asked for"
+        )
     return space
 
 

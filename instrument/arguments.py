@@ -31,6 +31,11 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return found
 
 
+def parameters_of(module: nn.Module) -> frozenset[str]:
+    """Names of the arguments that a module's forward takes."""
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
 def leaf_of(site: SiteName, value: Callable[[], Any]) -> Leaf:
     """Keys of the leaf; an input may be named by its place among the arguments, too."""
     leaf = site.leaf

@@ -10,16 +10,17 @@ from torch import nn
 from .errors import CompiledModelError, UnsupportedModelError
 
 _WRAPPER_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+DATA_PARALLEL = (
+    "nn.DataParallel copies the model to every device on every call, so hooks see only parts of a batch; start one process per "
+    "device with torchrun and use DistributedDataParallel"
+)
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own model inside DDP, FSDP and torch.compile wrappers; UnsupportedModelError for nn.DataParallel."""
     if isinstance(model, nn.DataParallel):
-        raise UnsupportedModelError(
-            "nn.DataParallel copies the model to every device on every call, so hooks see only parts of a batch; start one process "
-            "per device with torchrun and use DistributedDataParallel"
-        )
+        raise UnsupportedModelError(DATA_PARALLEL)
     for name in _WRAPPER_SEGMENTS:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):

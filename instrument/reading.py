@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from tensortape.stores.held import Held
 
+from .arguments import parameters_of
 from .corpus import Corpus
 from .differentiation import differentiate
 from .errors import BatchError
@@ -147,7 +147,7 @@ class LoaderReading:
     def turns(self, recorded: Held) -> Iterator[Turn]:
         """All batches."""
         number, device = 0, device_of(self.model)
-        withheld = frozenset({self.ids, *self.labels.values()} - _parameters(self.model))
+        withheld = frozenset({self.ids, *self.labels.values()} - parameters_of(unwrapped(self.model)))
         for number, entries in enumerate(self.data, start=1):
             yield self._turn(entries, number, withheld, device)
         if not number:
@@ -190,10 +190,6 @@ def _entry(entries: Mapping[str, Any], key: str) -> Any:
     if key not in entries:
         raise BatchError(f"the loader's dicts have no key {key!r}; they have {', '.join(map(str, entries))}")
     return entries[key]
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(unwrapped(model).forward).parameters)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

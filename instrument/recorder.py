@@ -273,6 +273,12 @@ class Recorder:
         self._metrics.send(number, self.writer)
         self._open_step()
 
+    def note(self, **values: Any) -> None:
+        """Say more of the step that is done than was known then, such as the result of an evaluation. Each value once a step."""
+        if values and not self._storing.has_ended:
+            with self._storing:
+                self._steps.add(self._progress.done, values)
+
     def begin_epoch(self, epoch: int) -> None:
         """The step under way is the first of an epoch, of this number from 0; for schedules that name epochs."""
         self._progress.begin_epoch(epoch)

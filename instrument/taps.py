@@ -246,11 +246,11 @@ class TapSet:
 class _Own:
     """A hook of the model it was placed on: a deep copy, or a saved copy, of the model has one that does nothing in its place."""
 
-    def __init__(self, hook: Callable[..., None]) -> None:
+    def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
 
-    def __call__(self, *given: Any) -> None:
-        self._hook(*given)
+    def __call__(self, *given: Any) -> Any:
+        return self._hook(*given)
 
     def __deepcopy__(self, memo: object) -> _Own:
         return _Own(_nothing)
@@ -297,7 +297,12 @@ def on_call(module: nn.Module, hook: Callable[[dict[str, Any]], None]) -> Remova
         hook(kwargs)
         return args, kwargs
 
-    return module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    return module.register_forward_pre_hook(_Own(_untraced(before)), with_kwargs=True, prepend=True)
+
+
+def on_output(module: nn.Module, hook: Callable[[Any], None]) -> RemovableHandle:
+    """See what every call of a module gives."""
+    return module.register_forward_hook(_Own(_untraced(lambda module, args, output: hook(output))))
 
 
 def _in_backward() -> bool:

@@ -11,10 +11,11 @@ import pytest
 
 from tensortape.app import demo_runs, models
 from tensortape.instrument import pca, probe_set, record, recorder, schedule
+from tensortape.instrument.loops import columns
 from tensortape.stores import patterns, reader, writer
 
 ROOT = Path(__file__).parents[1]
-MODULES_WITH_EXAMPLES = [writer, reader, patterns, recorder, pca, probe_set, schedule]
+MODULES_WITH_EXAMPLES = [writer, reader, patterns, recorder, pca, probe_set, schedule, columns]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
