@@ -244,5 +244,5 @@ def test_probes_of_some_examples(run: Run, tmp_path: Path, values: Values) -> No
     same = [number for number, id_ in enumerate(untrained.ids) if id_ in ids]
     expected = fit_probes(untrained, labels="token/tag", examples=same)
     assert [score.random_init for score in beside.scores] == [score.accuracy for score in expected.scores]
-    with pytest.raises(LabelError, match="of those asked for"):
+    with pytest.raises(LabelError, match="none of those asked for"):
         fit_probes(run, labels="token/tag", examples=[])
