@@ -31,6 +31,7 @@ bench: $(VENV)/.bench wheel  ## speed, memory and overhead beside others; prints
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention.py
 	$(BIN)/python benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_training.py
 
 dev: $(VENV)/.test  ## an editable install, for working on the code
 	$(PIP) --no-deps --editable .
