@@ -35,6 +35,7 @@ from .targets import Target
 from .transfer import Transfer
 
 DECODER = "decoder"
+CONTENT = "content"  # in place of ids: a hash of each example's tokens
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def checked_ids(ids: Any) -> Any:
     if ids is None:
         raise BatchError("ids are missing: every example needs one, text or an integer; or ids='content' to hash its tokens")
     if isinstance(ids, str):
-        if ids != "content":
+        if ids != CONTENT:
             raise BatchError(f"ids must be one per example, or 'content'; got {ids!r}")
         return ids
     found = keys.normalise(ids)

@@ -9,11 +9,11 @@ import numpy as np
 
 from tensortape.stores import RunWriter, keys
 
-from .batch import Batch
+from .batch import CONTENT, Batch
 from .capture import Capture, Pins
 from .metrics import Metrics
 from .progress import Moment
-from .rows import Rows, keep
+from .rows import Rows, first_of_each, keep
 from .sites import Tap
 from .steps import Key, Step
 
@@ -61,14 +61,16 @@ class BatchWriter:
         metrics.take(found.captures.values(), moment.phase)
         found.captures.clear()
         batch.forget()
-        for new in self._new_only(rows, moment):
+        if once := batch.given.ids == CONTENT and moment.step != keys.STEP:  # a text may come twice in a training step
+            rows = keep(rows, first_of_each(rows.ids), rows.columns.keys())
+        for new in self._new_only(rows, moment, once=once):
             said: Any = {"phase": moment.phase, "step": moment.step, "arrived": new.arrived}
             self._writer.drain(ids=new.ids, columns=new.columns, lengths=new.lengths, **said)
         self._learned[moment.phase] = learned
 
-    def _new_only(self, rows: Rows, moment: Moment) -> list[Rows]:
+    def _new_only(self, rows: Rows, moment: Moment, *, once: bool) -> list[Rows]:
         """What a resumed run does not have yet, together for examples that miss the same columns."""
-        if not self._resumes:
+        if not self._resumes and not once:
             return [rows]
         missing = [self._writer.missing(rows.columns, id_, moment.phase, moment.step) for id_ in rows.ids]
         return [

@@ -53,6 +53,12 @@ class Progress:
         self._epoch = epoch
         self._due = self._due or None  # a step that is due by the clock already is not asked for again
 
+    def resume(self, done: int) -> None:
+        """The training goes on with so many steps done."""
+        if self._schedule is not None:
+            self._schedule.begin()
+        self.go_to(done)
+
     def go_to(self, done: int) -> None:
         """So many steps are done."""
         self.done, self._due, self._epoch = done, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,6 +137,7 @@ class Recorder:
         self._storing = Storing(on_error)
         self._metrics = Metrics(log)
         self._steps = StepRows(self.writer)
+        atexit.register(self._steps.flush)  # before the writer is closed, which has registered itself already
         self._parameters = ParameterTaps(parameters, lambda: self._scale)
         self._open_step()
 
@@ -191,7 +193,8 @@ class Recorder:
 
         Args:
             ids: text or integers, one per example and new to the run (in a training, to the step); "content" to use a hash of each
-                example's tokens; or a function that gives the ids when the forward begins.
+                example's tokens (in a training, a text that comes several times in a step is recorded once); or a function that
+                gives the ids when the forward begins.
             labels: `example/<name>` to one value per example, `token/<name>` to values [B, T] or one sequence per example.
             tokens: [B, T] input ids, where the call does not show them as `input_ids`.
             mask: [B, T], 1 where a position is a real token, where the call has no 2-D `attention_mask`.
@@ -305,7 +308,7 @@ class Recorder:
         """
         self._parameters.forget()
         self.writer.rewind(state["step"] + 1)
-        self._progress.go_to(state["step"])
+        self._progress.resume(state["step"])
         self._open_step()
 
     def commit(self) -> None:
@@ -319,6 +322,7 @@ class Recorder:
         """Commit, remove all hooks, close the run."""
         self._tap_set.remove()
         self._parameters.forget()
+        atexit.unregister(self._steps.flush)
         try:
             with self._storing:
                 if not (self._storing.has_ended or self._is_closed):

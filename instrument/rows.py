@@ -49,6 +49,12 @@ def keep(rows: Rows, wanted: Array, names: Collection[str]) -> Rows:
     return Rows([rows.ids[number] for number in chosen], columns, lengths, lambda: nonfinite)  # type: ignore[arg-type]
 
 
+def first_of_each(ids: keys.Ids) -> Array:
+    """A mask over examples: those whose id none before them has."""
+    seen: set[str | int] = set()
+    return np.array([not (id_ in seen or seen.add(id_)) for id_ in ids])  # type: ignore[func-returns-value]
+
+
 def _nonfinite(rows: Any) -> int:
     found = np.asarray(rows)
     return int((~np.isfinite(found.reshape(len(found), -1).astype(np.float64))).any(1).sum())

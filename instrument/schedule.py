@@ -54,6 +54,10 @@ class Schedule:
         )
         return any(named)
 
+    def begin(self) -> None:
+        """A training begins, or goes on: by the clock its first step is due."""
+        self._last = float("-inf")
+
     def _time_is_up(self, seconds: float) -> bool:
         due = _as_on_rank_0(time.monotonic() - self._last >= seconds)
         if due:

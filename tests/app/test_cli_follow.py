@@ -29,6 +29,11 @@ with RunWriter(sys.argv[1], durability="rename") as writer:
 """
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background is deaf to Control-C, and so is all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts Python processes; ends them."""
@@ -36,6 +41,7 @@ def start() -> Iterator[Start]:
 
     def begin(*words: Any, **options: Any) -> Process:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options["preexec_fn"] = heed_interrupts
         started.append(subprocess.Popen([sys.executable, *map(str, words)], **{**pipes, **options}))
         return started[-1]
 
@@ -86,7 +92,7 @@ def test_someone_who_has_seen_enough(start: Start, tmp_path: Path) -> None:
     line = next(line for line in follower.stdout if line.startswith("step 4: 2 examples, "))
     assert line.rstrip().endswith(" commits")
     follower.send_signal(signal.SIGINT)
-    assert follower.wait() == 0
+    assert follower.wait(timeout=60) == 0
     assert follower.stderr is not None
     assert "Traceback" not in follower.stderr.read()
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -228,6 +229,10 @@ def test_epochs_and_time(make, opened):
                 net(torch.ones(1, 3))
             recorder.step()
     assert [step for _, _, step in opened(recorder).keys] == [1, 7]
+    resumed = make(net, ":out", every=Schedule(seconds=1e9))
+    assert resumed.is_due
+    resumed.load_state_dict({"step": 5})
+    assert resumed.is_due, "the first step after a checkpoint"
     later = Schedule(seconds=1e-9)
     assert [later.is_due(step) for step in (1, 2)] == [True, True]
     assert [schedule.is_due(step) for schedule in [Schedule(seconds=1e9)] for step in (1, 2)] == [True, False]
@@ -379,6 +384,39 @@ def test_values_of_steps_may_be_tensors_numbers_and_text(make, opened):
     assert found.steps["tokens"].tolist() == list(range(1, 71))
     assert found.steps["note"].tolist() == ["warm"] * 8 + ["cold"] * 62
     np.testing.assert_array_equal(found["step/weight"].rows(), np.arange(70)[:, None] + np.array([1.0, 2.0]))
+
+
+def test_a_text_that_comes_twice_in_a_step_is_recorded_once(make, opened):
+    """In a batch, and in another of the same step; at the next step it is another example."""
+    net = training_loop.model(Loop())
+    recorder, batch = make(net, ["resid_post[1]"], every=1), tokens(1, 0)
+    batch["input_ids"][2] = batch["input_ids"][0]
+    for _ in range(2):
+        for _ in range(2):
+            with recorder.batch(ids="content"):
+                net(**batch)
+        recorder.step()
+    run = opened(recorder)
+    assert [step for _, _, step in run.keys] == [1, 1, 2, 2]
+    assert len(set(run.ids)) == 2
+    assert run.verify().ok
+
+
+def test_a_loop_that_fails_keeps_its_steps(tmp_path):
+    """Nobody closes the recorder: what steps were given is written at exit."""
+    program = """
+        import sys, torch
+        from tensortape.instrument import Recorder
+        recorder = Recorder(torch.nn.Linear(2, 3), sites=":out", to=sys.argv[1], every=5)
+        for step in range(7):
+            recorder.step(loss=float(step))
+        raise SystemExit(3)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run.zarr")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert open_run(tmp_path / "run.zarr").steps["loss"].tolist() == list(range(7))
 
 
 def test_resuming_needs_a_checkpoint(tmp_path):
