@@ -213,9 +213,11 @@ class RecorderCallback(Callback):
     def _leave(self, error: BaseException | None = None) -> None:
         """The batch is done; with an error it is not recorded."""
         stack, self._batch = self._batch, None
-        if stack is not None and error is None:
+        if stack is None:
+            return
+        if error is None:
             stack.close()
-        elif stack is not None:
+        else:
             stack.__exit__(type(error), error, error.__traceback__)
 
     def _close(self) -> None:
@@ -231,15 +233,9 @@ def _picked(batch: Any, of: Of) -> Any:
     try:
         return batch[of]
     except (KeyError, IndexError, TypeError):
-        has = (
-            f"with {', '.join(map(str, batch))}"
-            if isinstance(batch, Mapping)
-            else f"of {len(batch)}"
-            if hasattr(batch, "__len__")
-            else ""
-        )
+        keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise BatchError(
-            f"the batch has no {of!r}; it is a {type(batch).__name__} {has}. ids= and labels= name a key, an index or a function"
+            f"the batch has no {of!r}; it is a {type(batch).__name__}{keys}. ids= and labels= name a key, an index or a function"
         ) from None
 
 
