@@ -543,6 +543,7 @@ def test_two_callbacks_in_one_training(tmp_path):
     assert open_run(tmp_path / "0.zarr").steps["step"].tolist() == open_run(tmp_path / "1.zarr").steps["step"].tolist()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_every_step_is_there_once(tmp_path):
     """Again and again from the last checkpoint; the run ends as that of a training that nobody killed."""
     whole, torn = tmp_path / "whole", tmp_path / "torn"
