@@ -178,6 +178,7 @@ def kill_once(folder: Path, dice: random.Random) -> None:
     hears, tells = processes.Pipe(duplex=False)
     child = processes.Process(target=train, args=(folder, Tells(tells)))
     child.start()
+    tells.close()  # so that a child that ends is heard
     for _ in range(dice.randint(3, 9)):
         hears.recv()
     child.join(dice.random() * 0.05)

@@ -233,15 +233,9 @@ def _picked(batch: Any, of: Of) -> Any:
     try:
         return batch[of]
     except (KeyError, IndexError, TypeError):
-        has = (
-            f"with {', '.join(map(str, batch))}"
-            if isinstance(batch, Mapping)
-            else f"of {len(batch)}"
-            if hasattr(batch, "__len__")
-            else ""
-        )
+        keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise BatchError(
-            f"the batch has no {of!r}; it is a {type(batch).__name__} {has}. ids= and labels= name a key, an index or a function"
+            f"the batch has no {of!r}; it is a {type(batch).__name__}{keys}. ids= and labels= name a key, an index or a function"
         ) from None
 
 

@@ -24,7 +24,7 @@ from tensortape.instrument import Schedule
 from tensortape.instrument.errors import BatchError, ForwardError, SiteNotFoundError
 from tensortape.instrument.loops.lightning import RecorderCallback
 from tensortape.stores import Run, open_run
-from tensortape.stores.errors import RunExistsError
+from tensortape.stores.errors import BrokenWriterError, LostPartError, RunExistsError
 
 pytestmark = [  # of Lightning itself
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -464,6 +464,7 @@ def test_a_run_that_is_lost(tmp_path, on_error, caplog):
     class Moves(pl.Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
             if not (tmp_path / "elsewhere.zarr").exists():
+                callback.recorder.commit()  # nothing is being written now
                 (tmp_path / "run.zarr").rename(tmp_path / "elsewhere.zarr")
 
     spy, module = Spy(), Language()
@@ -474,9 +475,8 @@ def test_a_run_that_is_lost(tmp_path, on_error, caplog):
         assert callback.recorder.dropped > 0
         assert "goes on without it" in caplog.text
     else:
-        with pytest.raises(Exception, match="no longer the run") as raised:
+        with pytest.raises((LostPartError, BrokenWriterError), match="no longer the run"):
             fitted(tmp_path, callback, Moves(), module=module)
-        assert isinstance(raised.value, (OSError, RuntimeError))
     assert hooks_on(module) == 0
 
 
@@ -511,7 +511,7 @@ def test_a_checkpoint_that_knows_of_no_run(tmp_path):
 @pytest.mark.slow
 def test_ranks_record_into_one_run(tmp_path):
     """Two processes that gloo connects, and two more that go on from a checkpoint of theirs."""
-    subprocess.run([sys.executable, small.__file__, tmp_path, "ranks"], check=True, capture_output=True)
+    subprocess.run([sys.executable, small.__file__, tmp_path, "ranks"], check=True, capture_output=True, timeout=120)
     run = open_run(tmp_path / "run.zarr")
     assert run.verify().ok
     assert run.steps[["step", "rank"]].values.tolist() == [[step, rank] for step in range(1, 9) for rank in (0, 1)]
@@ -523,7 +523,7 @@ def test_ranks_record_into_one_run(tmp_path):
     assert sorted(key for key in run.keys if key[1] == "train") == sorted(expected)
     assert {key[2] for key in run.keys if key[1] == "probe"} == {0, 2, 4, 6, 8}
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        subprocess.run([sys.executable, small.__file__, tmp_path, "whole"], check=True, capture_output=True, text=True)
+        subprocess.run([sys.executable, small.__file__, tmp_path, "whole"], check=True, capture_output=True, text=True, timeout=120)
     assert "DDPStrategy calls training_step by the forward of Whole" in failed.value.stderr
 
 
@@ -543,13 +543,14 @@ def test_two_callbacks_in_one_training(tmp_path):
     assert open_run(tmp_path / "0.zarr").steps["step"].tolist() == open_run(tmp_path / "1.zarr").steps["step"].tolist()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_every_step_is_there_once(tmp_path):
     """Again and again from the last checkpoint; the run ends as that of a training that nobody killed."""
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):
         folder.mkdir()
     small.train(whole)
-    subprocess.run([sys.executable, small.__file__, torn, "3", "11"], check=True, capture_output=True)
+    subprocess.run([sys.executable, small.__file__, torn, "3", "11"], check=True, capture_output=True, timeout=120)
     assert len(list(torn.glob("*.ckpt"))) > 0
     small.train(torn)
     expected, run = open_run(whole / "run.zarr"), open_run(torn / "run.zarr")
