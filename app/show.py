@@ -44,7 +44,8 @@ def info_lines(found: Json) -> Iterable[str]:
     if model:
         yield f"model: {', '.join(_of_model(model))}"
     for part in found["parts"]:
-        yield f"part {part['name']}: {part['kind']}, {part['examples']} examples, {part['commits']} commits, {part['state']}"
+        rows = f"{part['steps']} steps" if "steps" in part else f"{part['examples']} examples"
+        yield f"part {part['name']}: {part['kind']}, {rows}, {part['commits']} commits, {part['state']}"
     yield f"written {found['write_amplification']:.2f} bytes per byte kept"
     for name, table in found["tables"].items():
         yield f"table {name}: {table['rows']} rows"
@@ -118,7 +119,7 @@ def _part(part: Any) -> Json:
     return {
         "name": part.name,
         "kind": part.document.kind,
-        "examples": part.examples,
+        f"{part.key_table}s": part.examples,
         "commits": part.commits,
         "state": state,
     }

@@ -10,10 +10,12 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import nn
 
-from tensortape.stores import RunWriter, cadence, layout
+from tensortape.stores import RunWriter, cadence, keys, layout
+from tensortape.stores.errors import KeyRepeatedError
 from tensortape.stores.places.local import Durability
 from tensortape.stores.writer import Mode
 
@@ -23,6 +25,7 @@ from .batch import Batch, Given, checked_ids
 from .batch_writer import BatchWriter
 from .capture import Pins
 from .errors import ForwardError
+from .loop_order import LoopOrder
 from .metrics import Log, Metrics
 from .modules import is_compiled, refuse_compiled, unwrapped
 from .parameters import ParameterTaps, is_of_parameters, resolve_parameters
@@ -139,6 +142,8 @@ class Recorder:
         self._steps = StepRows(self.writer)
         atexit.register(self._steps.flush)  # before the writer is closed, which has registered itself already
         self._parameters = ParameterTaps(parameters, lambda: self._scale)
+        self._order = LoopOrder(self._model, has_taps=bool(self._taps), kinds={tap.kind for tap in parameters})
+        self._resumes, self._is_placed = mode == "resume" and self._progress.counts, False
         self._open_step()
 
     @property
@@ -214,6 +219,9 @@ class Recorder:
         if forwards not in ("one", "generate"):
             raise ValueError(f"forwards is 'one' or 'generate', not {forwards!r}")
         moment = self._progress.moment(phase)
+        if moment.step != keys.STEP and not moment.evaluates:
+            self._check_place()
+            self._order.batch_begins(self._progress.done)
         given = Given(ids, labels or {}, tokens, mask, segments, forwards == "generate", ends)
         batch = Batch(given, self._model, self._pins, moment=moment, recorded=False)
         if moment.is_due and not self._storing.has_ended:
@@ -261,13 +269,16 @@ class Recorder:
         accumulated gradients.
 
         Args:
-            loss, lr, values: what to say of the step, recorded or not: numbers, text, or tensors of one shape.
+            loss, lr: one number each.
+            values: what else to say of the step, recorded or not: numbers, text, or tensors, each of one shape at all steps.
         """
         if not self._progress.counts:
             raise ValueError("recorder.step() counts training steps: give the Recorder every=, such as every=1 for all of them")
-        given = {"loss": _number(loss), "lr": _number(lr), **values}
+        self._check_place()
+        given = {"loss": _number("loss", loss), "lr": _number("lr", lr), **values}
         row = {name: value for name, value in given.items() if value is not None}
         number = self._progress.done + 1
+        self._order.step_ends(number, is_due=self._progress.is_due)
         row.update(self._parameters.end())
         self._progress.go_to(number)
         if row and not self._storing.has_ended:
@@ -290,6 +301,8 @@ class Recorder:
     @contextmanager
     def evaluating(self, phase: str) -> Iterator[None]:
         """Record every batch inside with the weights as they are now: of this phase, at the step that is done. No gradients."""
+        if self._progress.counts:
+            self._order.evaluation_begins(self._progress.done)
         with self._progress.evaluating(phase):
             yield
         self._metrics.send(max(self._progress.done, 0), self.writer)
@@ -303,12 +316,22 @@ class Recorder:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a checkpoint: what the run holds of later steps counts no more, once this recorder has committed something.
 
+        Args:
+            state: what `state_dict` gave; `{"step": 0}` begins anew.
+
         Raises:
             BrokenWriterError: something was recorded already; load the checkpoint before the first step.
         """
+        done = state.get("step") if isinstance(state, Mapping) else None
+        if not isinstance(done, int) or done < 0 or not self._progress.counts:
+            raise ValueError(
+                f"load_state_dict takes what state_dict gave, such as {{'step': 100}}, and a Recorder with every=; got {state!r}"
+            )
         self._parameters.forget()
-        self.writer.rewind(state["step"] + 1)
-        self._progress.resume(state["step"])
+        self.writer.rewind(done + 1)
+        self._progress.resume(done)
+        self._order.begin_anew()
+        self._is_placed = True
         self._open_step()
 
     def commit(self) -> None:
@@ -343,6 +366,17 @@ class Recorder:
     def __repr__(self) -> str:
         return f"<Recorder of {len(self._taps)} taps on {type(self._model).__name__} to {self.writer!r}>"
 
+    def _check_place(self) -> None:
+        """KeyRepeatedError where a resumed run holds what is about to be recorded, of another trajectory."""
+        if self._resumes and not self._is_placed:
+            if self.writer.last_step > self._progress.done:
+                raise KeyRepeatedError(
+                    f"the run holds steps up to {self.writer.last_step}, and this training begins with step "
+                    f"{self._progress.done + 1}: call recorder.load_state_dict(...) with what the checkpoint has of the recorder "
+                    "({'step': 0} to begin anew) before the first batch, or record with mode='overwrite'"
+                )
+            self._is_placed = True
+
     def _open_step(self) -> None:
         """A step begins; what is to be known of its parameters is listened to from now on."""
         if self._progress.counts and self._progress.is_due:
@@ -368,6 +402,10 @@ class Recorder:
             yield
 
 
-def _number(value: Any) -> Any:
-    """A loss or a learning rate, in float64 however the loop came by it."""
+def _number(name: str, value: Any) -> Any:
+    """A loss or a learning rate, in float64 however the loop came by it; ValueError for more than one number."""
+    if getattr(value, "ndim", 0):
+        if value.numel() != 1 if isinstance(value, torch.Tensor) else np.size(value) != 1:
+            raise ValueError(f"recorder.step({name}=...) is one number, but has the shape {list(value.shape)}; give its mean, say")
+        return value.reshape(())
     return float(value) if isinstance(value, int) else value

@@ -38,8 +38,13 @@ class Schedule:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}= is positive, not {value!r}")
-        if not isinstance(self.steps, Collection) or isinstance(self.steps, str):
-            raise ValueError(f"steps= are numbers or a range, not {self.steps!r}")
+        given = self.steps
+        if (
+            not isinstance(given, Collection)
+            or isinstance(given, str)
+            or not all(isinstance(step, int) and step > 0 for step in given)
+        ):
+            raise ValueError(f"steps= are numbers from 1 on, or a range, not {given!r}")
         if not (self.every or self.epochs or self.seconds or self.when or len(self.steps)):
             raise ValueError("a schedule needs every=, steps=, epochs=, seconds= or when=")
 
@@ -72,12 +77,12 @@ def schedule(every: Every) -> Schedule:
     """What `every=` stands for: a number of steps, a schedule, the steps themselves, or a function of a step's number."""
     if isinstance(every, Schedule):
         return every
-    if isinstance(every, bool):
-        raise ValueError(f"every= is a number of steps, not {every!r}")
-    if isinstance(every, int):
+    if isinstance(every, int) and not isinstance(every, bool):
         return Schedule(every=every)
     if callable(every):
         return Schedule(when=every)
+    if isinstance(every, bool | str) or not isinstance(every, Iterable):
+        raise ValueError(f"every= is a number of steps, steps, a Schedule or a function of a step's number, not {every!r}")
     return Schedule(steps=every if isinstance(every, range) else frozenset(every))
 
 

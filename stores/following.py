@@ -23,8 +23,8 @@ def follow(run: Run, *, timeout: float | None = None, poll: float = 0.5) -> Iter
         if commits != seen:
             seen, deadline = commits, _in(timeout)
             yield run
-        if run.parts and all(part.closed for part in run.parts):
-            return
+        if run.parts and all(part.closed for part in run.parts) and run.parts[-1].kind != "sealed":
+            return  # whoever has sealed the last part, of a writer that was killed, is about to write another one
         if time.monotonic() > deadline:
             raise TimeoutError(f"{run.path}: nothing was committed for {timeout} s; the last step is {run.last_step}")
         time.sleep(poll)

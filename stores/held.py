@@ -51,31 +51,33 @@ class Held:
 class Holdings:
     """What a run held when it was opened for writing: keys, the kind of its ids, the schemas of its columns.
 
-    `steps` is the last training step that each rank has a value of, by column of the step table.
+    `steps` is the last training step that each rank has a value of, by column of the step table; `last_step` that of anything.
     """
 
     held: Held = field(default_factory=Held)
     id_kind: str | None = None
     columns: dict[str, ColumnSchema] = field(default_factory=dict)
     steps: dict[int, dict[str, int]] = field(default_factory=dict)
+    last_step: int = -1
 
 
 def holdings(place: Place, run: str, session: str = "", from_step: int | None = None) -> Holdings:
     """Everything committed so far, by all parts, but for what this session supersedes of others."""
     held, columns, steps = Held(), dict[str, ColumnSchema](), dict[int, dict[str, int]]()
-    cache, kind = ShardCache(place, run, verify=True), None
+    cache, kind, latest = ShardCache(place, run, verify=True), None, -1
     for part in read_parts(place, run):
         if from_step is not None and part.document.session != session:
             hide_from(part, [from_step])
         columns.update(part.columns)
         reader = PartReader(part, cache)
+        latest = max(latest, reader.last_step())
         if part.key_table == "step":
             last = steps.setdefault(part.document.rank, {})
             last.update({name: max([last.get(name, 0), *reader.keys()[2]]) for name in part.columns})
         else:
             held.add(part.columns, map(keys.digest, *reader.keys()))
             kind = reader.id_kind
-    return Holdings(held, kind, columns, steps)
+    return Holdings(held, kind, columns, steps, latest)
 
 
 class Lengths:

@@ -401,7 +401,7 @@ class Run:
             return frame.reindex(columns=["step"])
         fractions = [name for name in map(str, frame) if self.tables["step"][name].dtype.kind == "f"]
         frame = frame.astype(dict.fromkeys(fractions, float))  # NaN, rather than None, where a step has no value
-        frame.insert(0, "step", frame.pop("step"))
+        frame = frame[sorted(frame, key=_place_in_steps)]
         frame.insert(1, "rank", self._keyed["step"][1].keys[0])
         found = frame.sort_values(["step", "rank"], ignore_index=True)
         return found if found["rank"].nunique() > 1 else found.drop(columns="rank")
@@ -499,3 +499,9 @@ class Run:
         import pandas as pd
 
         return self.tables[table].to_pandas() if table in self.tables else pd.DataFrame()
+
+
+def _place_in_steps(name: Any) -> int:
+    """Where a column of the step table is shown: what loops say comes before what was recorded of parameters."""
+    first = ("step", "loss", "lr")
+    return first.index(name) if name in first else len(first) + str(name).startswith("param.")

@@ -75,7 +75,7 @@ def _plain(pattern: Pattern, name: SiteName) -> bool:
 def _nothing(text: str, columns: Sequence[Column]) -> str:
     known = [str(site_name(column)) for column in columns]
     known += [f"{alias.name}[{alias.layer}]" if alias.layer is not None else alias.name for c in columns for alias in aliases_of(c)]
-    near = difflib.get_close_matches(text, known, n=3, cutoff=0.0)
+    near = difflib.get_close_matches(text, dict.fromkeys(known), n=3, cutoff=0.0)
     return (
         f"{text!r} selects nothing that was recorded; the closest are {', '.join(map(repr, near))}"
         if near

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from . import names
+from .descriptions import Kind
 from .dtypes import Array
 from .errors import KeyRepeatedError, SchemaError
+from .schema import ColumnSchema
 
 
 class StepOrder:
@@ -18,8 +20,9 @@ class StepOrder:
     now a loss and a score, writes two parts and not one for every mixture.
     """
 
-    def __init__(self, last: dict[str, int]) -> None:
+    def __init__(self, last: Mapping[str, int], columns: Mapping[str, ColumnSchema]) -> None:
         self._last = dict(last)
+        self._kinds: dict[str, Kind] = {name: (schema.dtype, schema.shape) for name, schema in columns.items()}
         self._groups: list[frozenset[str]] = []
 
     @property
@@ -37,6 +40,16 @@ class StepOrder:
         for name in columns:
             self._check(name, int(numbers[0]))
         return numbers.astype(np.int64)
+
+    def check_kinds(self, given: Mapping[str, Kind]) -> None:
+        """SchemaError unless each column stays what it was, in whatever part: dtype and shape of a row."""
+        for name, kind in given.items():
+            before = self._kinds.setdefault(name, kind)
+            if kind != before:
+                raise SchemaError(
+                    f"column {name!r} holds {before[0]} rows of shape {before[1]}, but got {kind[0]} of shape {kind[1]}; a column "
+                    "of the step table is of one kind at all steps"
+                )
 
     def take(self, steps: Array, columns: Collection[str]) -> list[frozenset[str]]:
         """Remember what was admitted; the columns, grouped by the part they go to."""

@@ -201,8 +201,9 @@ class RunWriter:
         self._check_usable()
         numbers = self._step_order.admit(steps, columns)
         given = {name: cells(name, values, len(numbers), {}).copied() for name, values in columns.items()}
+        self._step_order.check_kinds({name: (column.dtype, column.shape) for name, column in given.items()})
         for group in self._step_order.take(numbers, given):
-            rows = {**{name: given[name] for name in group}, "step/step": Cells("int64", (), [numbers], None)}
+            rows = {**{name: given[name] for name in given if name in group}, "step/step": Cells("int64", (), [numbers], None)}
             self._put(rows, {}, Written(group, []), dict, copies=False)
 
     def rewind(self, step: int) -> None:
@@ -355,7 +356,8 @@ class RunWriter:
             before = holdings(self._place, self._run.uid, self._session, self._from_step)
         self.columns = before.columns
         self._admission = Admission(self._place, before)
-        self._step_order = StepOrder(before.steps.get(self._rank, {}))
+        self._step_order = StepOrder(before.steps.get(self._rank, {}), self.columns)
+        self.last_step = before.last_step
 
     def _do(self, size: int, task: Task) -> None:
         """Do a step of writing: now, or in the background."""

@@ -25,7 +25,7 @@ from training_loop import SITES, Loop, Told, names, optimizer_of, probes, tokens
 from tensortape.instrument import ProbeSet, Recorder, Schedule, Site
 from tensortape.instrument.errors import SiteNotFoundError
 from tensortape.stores import Run, open_run
-from tensortape.stores.errors import KeyRepeatedError
+from tensortape.stores.errors import KeyRepeatedError, SchemaError
 
 LOOPS = {
     "plain": Loop(),
@@ -193,9 +193,11 @@ def test_a_schedule_is_due_when_any_of_its_parts_is(every, steps, epochs, when):
         assert schedule.is_due(step, epoch) == wanted
 
 
-@pytest.mark.parametrize("given", [{}, {"every": 0}, {"every": -3}, {"seconds": 0}, {"epochs": 0}, {"steps": 3}])
+@pytest.mark.parametrize(
+    "given", [{}, {"every": 0}, {"every": -3}, {"seconds": 0}, {"epochs": 0}, {"steps": 3}, {"steps": [0]}, {"steps": "10"}]
+)
 def test_schedules_that_are_none_are_refused(given):
-    with pytest.raises(ValueError, match=r"positive|schedule needs|numbers or a range"):
+    with pytest.raises(ValueError, match=r"positive|schedule needs|numbers from 1 on, or a range"):
         Schedule(**given)
 
 
@@ -407,7 +409,7 @@ def test_a_loop_that_fails_keeps_its_steps(tmp_path):
     program = """
         import sys, torch
         from tensortape.instrument import Recorder
-        recorder = Recorder(torch.nn.Linear(2, 3), sites=":out", to=sys.argv[1], every=5)
+        recorder = Recorder(torch.nn.Linear(2, 3), sites=":out", to=sys.argv[1], every=[100])
         for step in range(7):
             recorder.step(loss=float(step))
         raise SystemExit(3)
@@ -419,6 +421,66 @@ def test_a_loop_that_fails_keeps_its_steps(tmp_path):
     assert open_run(tmp_path / "run.zarr").steps["loss"].tolist() == list(range(7))
 
 
+@pytest.mark.parametrize("every", ["10", 2.5, True])
+def test_what_every_is_not(make, every):
+    with pytest.raises(ValueError, match=r"every= is a number|numbers from 1"):
+        make(nn.Linear(2, 3), ":out", every=every)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"step": -1}, {"step": "3"}])
+def test_states_that_are_none(make, state):
+    with pytest.raises(ValueError, match="what state_dict gave"):
+        make(nn.Linear(2, 3), ":out", every=1).load_state_dict(state)
+
+
+def test_steps_say_one_kind_of_thing(make, opened):
+    recorder = make(nn.Linear(2, 3), ":out", every=100)
+    with pytest.raises(ValueError, match="one number"):
+        recorder.step(loss=torch.ones(3))
+    recorder.step(loss=torch.ones(1), score=2.0)
+    recorder.step(loss=1.0, score="none", extra=1)
+    with pytest.raises(SchemaError, match="of one kind at all steps"):
+        recorder.commit()
+    assert opened(recorder).steps["loss"].tolist() == [1.0]
+
+
+def test_a_loop_in_the_wrong_order_is_told_so(make, caplog):
+    """Once for each mistake, against a loop without any."""
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def batch(recorder: Recorder, number: int) -> None:
+        with recorder.batch(ids=[number]):
+            net(torch.ones(1, 3)).sum().backward()
+
+    right = make(net, [":out", "param.weight.update"], every=1)
+    probe = ProbeSet([{"input": torch.ones(1, 3), "id": [0]}])
+    for number in range(3):
+        probe.record(right)
+        batch(right, number)
+        optimizer.step()
+        right.step()
+    assert not caplog.records
+    early, between, never, unseen = (make(net, [":out", "param.weight.update"], every=1) for _ in range(4))
+    for number in range(3):
+        batch(early, number)
+        early.step()
+        optimizer.step()
+        batch(between, number)
+        optimizer.step()
+        probe.record(between)
+        between.step()
+        batch(never, number)
+        optimizer.step()
+    for _ in range(3):
+        with suppress(SiteNotFoundError):
+            unseen.step()
+    said = [record.getMessage() for record in caplog.records]
+    for text in ("not before", "only then", "all batches are recorded as step 1", "no `with recorder.batch"):
+        assert sum(text in one for one in said) >= 1
+    assert len(said) < 9
+
+
 def test_resuming_needs_a_checkpoint(tmp_path):
     net = nn.Linear(2, 3)
     with Recorder(net, sites=":out", to=tmp_path / "run.zarr", every=2) as recorder:
@@ -426,9 +488,11 @@ def test_resuming_needs_a_checkpoint(tmp_path):
             recorder.step(loss=1.0)
         assert recorder.state_dict() == {"step": 5}
     with Recorder(net, sites=":out", to=tmp_path / "run.zarr", every=2, mode="resume") as recorder:
-        recorder.step(loss=2.0)
-        with pytest.raises(KeyRepeatedError, match="checkpoint"):
-            recorder.commit()
+        for _ in range(2):
+            with pytest.raises(KeyRepeatedError, match=r"steps up to 5.*call recorder\.load_state_dict"), recorder.batch(ids=[1]):
+                pass
+            with pytest.raises(KeyRepeatedError, match="mode='overwrite'"):
+                recorder.step()
     with Recorder(net, sites=":out", to=tmp_path / "run.zarr", every=2, mode="resume") as recorder:
         recorder.load_state_dict({"step": 3})
         assert (recorder.steps, recorder.is_due) == (3, False)

@@ -228,3 +228,43 @@ def test_a_run_is_followed_while_it_is_written(path):
     writer.close()
     with pytest.raises(RunEndedError, match="ended with step 5, before step 9"):
         run.wait_for(step=9)
+
+
+def test_a_run_that_is_resumed_has_not_ended(path):
+    """Between the sealing of a dead writer's part and the first commit of the next one."""
+    dead = writer_at(path)
+    train(dead, range(1, 3), 0)
+    dead.commit()
+    run = open_run(path)
+    with writer_at(path, "resume") as writer:
+        writer.rewind(3)
+        with pytest.raises(TimeoutError):
+            run.wait_for(step=4, timeout=0.2, poll=0.02)
+        assert all(part.closed for part in run.parts)
+        train(writer, range(3, 5), 100)
+    assert run.wait_for(step=4, poll=0.02).last_step == 4
+
+
+def test_columns_of_steps_stay_of_one_kind(path):
+    """Also in steps that have other columns beside them, and go to another part."""
+    with writer_at(path) as writer:
+        writer.append_steps(steps=[1], columns={"step/loss": [1.0]})
+        with pytest.raises(SchemaError, match="of one kind"):
+            writer.append_steps(steps=[2], columns={"step/loss": ["none"], "step/other": [1]})
+    with writer_at(path, "resume") as writer:
+        writer.rewind(2)
+        with pytest.raises(SchemaError, match="of one kind"):
+            writer.append_steps(steps=[2], columns={"step/loss": [np.ones(3)]})
+
+
+def test_columns_are_shown_in_an_order_that_helps(path):
+    with writer_at(path) as writer:
+        rows = {
+            "step/param.b.grad|norm": [1.0],
+            "step/param.a.grad|norm": [1.0],
+            "step/epoch": [0],
+            "step/lr": [0.1],
+            "step/loss": [2.0],
+        }
+        writer.append_steps(steps=[1], columns=rows)
+    assert open_run(path).steps.columns.tolist() == ["step", "loss", "lr", "epoch", "param.b.grad|norm", "param.a.grad|norm"]
