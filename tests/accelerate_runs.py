@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
-from gradient_models import checkpointing
+from gradient_models import checkpointing, without_dropout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainer_runs import BATCH, SITES, batch_of, model, probes, rows
@@ -107,8 +107,12 @@ def train(loop: Loop, last: int, recorder: Recorder | None = None, probe: ProbeS
 
 
 def resumable(folder: Path, die_at: int | None = None) -> None:
-    """Train from the checkpoint, if there is one; save one now and then, and be killed after a step."""
+    """Train from the checkpoint, if there is one; save one now and then, and be killed after a step.
+
+    Without dropout: a loader that begins anew in the middle of an epoch draws one random number more than one that goes on.
+    """
     loop = prepared()
+    without_dropout(loop.net)
     recorder = Recorder(loop.net, sites=SITES, to=folder / "run.zarr", every=2, mode="resume", commit_seconds=0.01)
     loop.accelerator.register_for_checkpointing(recorder)
     if (folder / "checkpoint").exists():
